@@ -1,0 +1,304 @@
+"""The command line.
+
+Everything is imported where it is needed: a management layer probes ``--print-capabilities`` often, and a
+probe needs neither trio nor prometheus_client. The conventions of ``hcd device`` are QEMU's:
+vhost-user.rst, "Backend program conventions".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from hcd import options as opt
+from hcd.errors import ConfigError, HcdError, PluginError
+
+if TYPE_CHECKING:
+    from hcd.config import DaemonConfig, DeviceSpec
+    from hcd.device import Device, Option
+
+__all__ = ["main"]
+
+DEFAULT_CONFIG = "/etc/hcd/hcd.toml"
+
+EX_FAILED = 1
+EX_USAGE = 2
+EX_CONFIG = 78  # sysexits.h; lets a service manager tell a bad configuration from a crash
+
+_LEVELS = ("debug", "info", "warning", "error")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command; returns the exit status. Errors are lines on stderr."""
+    try:
+        if argv[:1] == ["device"]:
+            return _device(argv[1:])
+        arguments = _parser().parse_args(argv)
+        run: Callable[[argparse.Namespace], int] = arguments.run
+        return run(arguments)
+    except SystemExit as exc:  # argparse
+        return exc.code if isinstance(exc.code, int) else EX_USAGE
+    except HcdError as exc:
+        return _fail(exc, EX_FAILED)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # the flush at exit must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EX_FAILED
+
+
+def _fail(problem: object, status: int) -> int:
+    for line in str(problem).splitlines():
+        print(f"hcd: {line}", file=sys.stderr)
+    return status
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for an error; the usage is a --help away."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EX_USAGE, f"hcd: {message} (see {self.prog} --help)\n")
+
+
+class _Version(argparse.Action):
+    def __call__(self, *_: object) -> NoReturn:
+        from hcd.version import VERSION
+
+        print(f"hcd {VERSION}")
+        raise SystemExit(0)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="hcd", description="Serve devices to virtual machines over vhost-user.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="serve a configuration", allow_abbrev=False)
+    run.add_argument("config", nargs="?", default=DEFAULT_CONFIG, help=f"default {DEFAULT_CONFIG}")
+    _add_log_level(run)
+    run.set_defaults(run=_run)
+    check = commands.add_parser("check", help="say what is wrong with a configuration", allow_abbrev=False)
+    check.add_argument("config")
+    check.set_defaults(run=_check)
+    devices = commands.add_parser("devices", help="list device types and their options", allow_abbrev=False)
+    devices.set_defaults(run=_devices)
+    commands.add_parser("device", help="serve one device (hcd device TYPE --help)", add_help=False)
+    return parser
+
+
+def _add_log_level(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--log-level", choices=_LEVELS, default="info", help="default info")
+
+
+# -- run, check
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from hcd import config, daemon, log
+
+    log.setup(arguments.log_level)
+    try:
+        daemon.run(config.load(arguments.config))
+    except ConfigError as exc:
+        return _fail(exc, EX_CONFIG)
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from hcd import config, plugins
+
+    try:
+        loaded = config.load(arguments.config)
+        problems = list(filter(None, (_trial(plugins.load(spec.type), spec) for spec in loaded.devices)))
+        if problems:
+            raise ConfigError("\n".join(f"{arguments.config}: {problem}" for problem in problems))
+    except ConfigError as exc:
+        return _fail(exc, EX_CONFIG)
+    count = len(loaded.devices)
+    print(f"{arguments.config}: ok, {count} device{'s' if count != 1 else ''}")
+    return 0
+
+
+def _trial(cls: type[Device], spec: DeviceSpec) -> str:
+    """What the type itself says of its options; nothing is opened."""
+    try:
+        cls(spec.name, spec.options)
+    except ConfigError as exc:
+        return f'[[device]] "{spec.name}" options: {exc}'
+    return ""
+
+
+# -- devices
+
+
+def _devices(_: argparse.Namespace) -> int:
+    from hcd import plugins
+
+    status = 0
+    for name in plugins.names():
+        try:
+            cls = plugins.load(name)
+        except (ConfigError, PluginError) as exc:  # the others are still worth listing
+            status = _fail(exc, EX_FAILED)
+            continue
+        print(f"{name}: {cls.description}")
+        for option in cls.options:
+            print(f"    {_usage(option):28} {_help(option)}")
+    return status
+
+
+def _usage(option: Option) -> str:
+    if option.kind == "bool":
+        return f"--{option.name}"
+    value = "|".join(option.choices) if option.choices else option.kind.upper()
+    return f"--{option.name}={value}"
+
+
+def _help(option: Option) -> str:
+    shown = "" if option.default in (None, False, "") else f" (default {option.default})"
+    return f"{option.help}{shown}"
+
+
+# -- device
+
+
+def _device(argv: Sequence[str]) -> int:
+    type_name = argv[0] if argv and not argv[0].startswith("-") else None
+    if "--print-capabilities" in argv:
+        type_name = type_name or next((word for word in argv if not word.startswith("-")), None)
+        if type_name is None:
+            return _fail("a device type is missing: hcd device TYPE --print-capabilities", EX_USAGE)
+        return _print_capabilities(type_name)
+    if type_name is None:
+        return _device_help(argv)
+    from hcd import daemon, log, plugins, sockets
+
+    cls = plugins.load(type_name)
+    arguments = _device_parser(type_name, cls).parse_args(argv[1:])
+    log.setup(arguments.log_level)
+    inherited = sockets.adopt_fd(arguments.fd) if arguments.fd is not None else None
+    path = arguments.socket_path if inherited is None else sockets.local_path(inherited)
+    daemon.run(
+        _device_config(type_name, cls, arguments, path),
+        inherited=inherited,
+        exit_on_disconnect=arguments.exit_on_disconnect,
+    )
+    return 0
+
+
+def _print_capabilities(type_name: str) -> int:
+    from hcd import plugins
+
+    cls = plugins.load(type_name)
+    capabilities: dict[str, Any] = {"type": cls.vhost_user_type} if cls.vhost_user_type else {}
+    capabilities["features"] = list(cls.vhost_user_features)
+    print(json.dumps(capabilities))
+    return 0
+
+
+def _device_help(argv: Sequence[str]) -> int:
+    from hcd import plugins
+
+    if "--help" in argv or "-h" in argv:
+        print("usage: hcd device TYPE (--socket-path=PATH | --fd=FD) [--OPTION=VALUE ...]")
+        print(f"types: {', '.join(plugins.names())}; hcd device TYPE --help has the options of one")
+        return 0
+    return _fail("a device type must follow: hcd device TYPE ... (hcd devices lists them)", EX_USAGE)
+
+
+def _device_parser(type_name: str, cls: type[Device]) -> _Parser:
+    from hcd import config
+
+    parser = _Parser(prog=f"hcd device {type_name}", description=cls.description, allow_abbrev=False)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--socket-path", type=_text(config.check_socket), metavar="PATH", help="listen here")
+    where.add_argument("--fd", type=_text(_fd), help="an inherited unix socket, listening or connected")
+    parser.add_argument(
+        "--name", type=_text(config.check_name), default=type_name, help=f"default {type_name}"
+    )
+    parser.add_argument("--path", type=_text(config.parse_path), help="auto, pio, mmio, hypercall or direct")
+    parser.add_argument("--bus", type=_text(config.check_bus), help="pci, mmio or ccw")
+    parser.add_argument(
+        "--qmp", type=_text(config.check_qmp), metavar="PATH", help="QMP socket of the front end"
+    )
+    parser.add_argument(
+        "--metrics", type=_text(config.parse_address), metavar="ADDR", help="HOST:PORT or unix:PATH"
+    )
+    parser.add_argument("--poll-us", type=_text(_poll_us), default=config.DEFAULT_POLL_US, metavar="US")
+    parser.add_argument(
+        "--drain-timeout", type=_text(_seconds), default=config.DEFAULT_DRAIN_TIMEOUT, metavar="SECONDS"
+    )
+    parser.add_argument("--exit-on-disconnect", action="store_true", help="end when the front end has gone")
+    parser.add_argument("--print-capabilities", action="store_true", help="print what QEMU may ask, and exit")
+    _add_log_level(parser)
+    own = parser.add_argument_group(f"options of type {type_name}")
+    for option in cls.options:
+        _add_option(own, option)
+    return parser
+
+
+def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
+    bare: dict[str, Any] = {"nargs": "?", "const": True} if option.kind == "bool" else {}
+    group.add_argument(
+        f"--{option.name}",
+        dest=f"option {option.key}",  # apart from our own names
+        type=_text(lambda text: opt.from_text(option, text)),
+        default=option.default,
+        metavar=option.kind.upper(),
+        help=_help(option).replace("%", "%%"),
+        **bare,
+    )
+
+
+def _device_config(
+    type_name: str, cls: type[Device], arguments: argparse.Namespace, path: str
+) -> DaemonConfig:
+    from hcd.config import DaemonConfig, DeviceSpec
+
+    given = vars(arguments)
+    spec = DeviceSpec(
+        name=arguments.name,
+        type=type_name,
+        socket=path,
+        path=arguments.path,
+        bus=arguments.bus,
+        qmp=arguments.qmp,
+        options={option.key: given[f"option {option.key}"] for option in cls.options},
+    )
+    return DaemonConfig((spec,), arguments.metrics, arguments.poll_us, arguments.drain_timeout)
+
+
+def _text(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """``convert`` for argparse, which drops the text of a ValueError."""
+
+    def converted(text: str) -> Any:
+        try:
+            return convert(text)
+        except ValueError as exc:
+            raise argparse.ArgumentTypeError(str(exc)) from exc
+
+    return converted
+
+
+def _fd(text: str) -> int:
+    return int(opt.from_text(_number("fd", "fd"), text))
+
+
+def _poll_us(text: str) -> int:
+    return int(opt.from_text(_number("poll-us", "int", 1_000_000), text))
+
+
+def _seconds(text: str) -> float:
+    return float(opt.from_text(_number("drain-timeout", "float", 3600), text))
+
+
+def _number(name: str, kind: str, most: int | None = None) -> Option:
+    from hcd.device import Option
+
+    return Option(name, kind, "", minimum=0, maximum=most)

@@ -1,0 +1,155 @@
+"""Logging to stderr, in the form that whoever reads it understands.
+
+Under systemd (JOURNAL_STREAM names our stderr) each line starts with "<N>", the syslog priority, and
+carries no time because the journal has its own. Elsewhere a line is "hcd: warning: disk0: text". The device
+comes from ``LoggerAdapter(logger, {"device": name})``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import IO
+
+__all__ = ["LEVELS", "Formatter", "RateLimited", "journal_reads", "setup"]
+
+LEVELS = ("debug", "info", "warning", "error")
+
+Logger = logging.Logger | logging.LoggerAdapter  # type: ignore[type-arg]
+
+#: more keys than any sane daemon has; beyond it the one that was silent longest is forgotten
+_MAX_KEYS = 1024
+
+
+class Formatter(logging.Formatter):
+    """One prefix for every line, so that a traceback keeps its priority and its device."""
+
+    def __init__(self, *, journal: bool = False) -> None:
+        super().__init__()
+        self.journal = journal
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        if record.exc_info:
+            text += "\n" + self.formatException(record.exc_info)
+        prefix = f"<{_priority(record.levelno)}>" if self.journal else f"hcd: {record.levelname.lower()}: "
+        device = getattr(record, "device", "")
+        if device:
+            prefix += f"{device}: "
+        return "\n".join(prefix + _printable(line) for line in text.splitlines() or [""])
+
+
+class RateLimited:
+    """Says at most ``limit`` lines a ``period`` (seconds) for one key, then how many it kept back.
+
+    The number comes with the first line of a later period, or with :meth:`flush`. A key is whatever
+    repeats: a cause, a (queue, cause) pair. Any thread.
+    """
+
+    def __init__(
+        self,
+        logger: Logger,
+        limit: int = 5,
+        period: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._logger = logger
+        self._limit = limit
+        self._period = period
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._keys: OrderedDict[Hashable, _Window] = OrderedDict()
+
+    def log(self, level: int, key: Hashable, message: str, *args: object) -> bool:
+        """Log ``message % args`` unless ``key`` has used up its lines; returns whether it was logged."""
+        with self._lock:
+            now = self._clock()
+            window = self._keys.get(key)
+            suppressed = 0
+            if window is None or now - window.start >= self._period:
+                suppressed = window.suppressed if window else 0
+                window = self._keys[key] = _Window(now, level)
+            self._keys.move_to_end(key)
+            if len(self._keys) > _MAX_KEYS:
+                self._keys.popitem(last=False)
+            allowed = window.said < self._limit
+            window.said += allowed
+            window.suppressed += not allowed
+        if suppressed:
+            self._report(level, key, suppressed)
+        if allowed:
+            self._logger.log(level, message, *args)
+        return allowed
+
+    def warning(self, key: Hashable, message: str, *args: object) -> bool:
+        return self.log(logging.WARNING, key, message, *args)
+
+    def error(self, key: Hashable, message: str, *args: object) -> bool:
+        return self.log(logging.ERROR, key, message, *args)
+
+    def flush(self) -> None:
+        """Say what was kept back and forget everything; for the end of a connection."""
+        with self._lock:
+            left = [(key, window) for key, window in self._keys.items() if window.suppressed]
+            self._keys.clear()
+        for key, window in left:
+            self._report(window.level, key, window.suppressed)
+
+    def _report(self, level: int, key: Hashable, suppressed: int) -> None:
+        what = key if isinstance(key, str) else "this"
+        self._logger.log(level, "%d more lines about %s were suppressed", suppressed, what)
+
+
+class _Window:
+    __slots__ = ("level", "said", "start", "suppressed")
+
+    def __init__(self, start: float, level: int) -> None:
+        self.start = start
+        self.level = level
+        self.said = 0
+        self.suppressed = 0
+
+
+def setup(level: str = "info", stream: IO[str] | None = None) -> None:
+    """Send the log of hcd and its plug-ins to ``stream`` (stderr). Replaces an earlier set-up."""
+    target = sys.stderr if stream is None else stream
+    handler = logging.StreamHandler(target)
+    handler.setFormatter(Formatter(journal=journal_reads(target)))
+    root = logging.getLogger()
+    for old in list(root.handlers):
+        if isinstance(old.formatter, Formatter):
+            root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(level.upper())
+    logging.raiseExceptions = False  # a full or closed stderr must not end in tracebacks
+
+
+def journal_reads(stream: IO[str]) -> bool:
+    """Whether ``stream`` ends in the journal (systemd.exec(5), JOURNAL_STREAM: "device:inode")."""
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError, AttributeError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def _priority(level: int) -> int:
+    if level >= logging.CRITICAL:
+        return 2
+    if level >= logging.ERROR:
+        return 3
+    if level >= logging.WARNING:
+        return 4
+    return 6 if level >= logging.INFO else 7
+
+
+def _printable(line: str) -> str:
+    """Control characters escaped: what a guest or front end chose must not steer a terminal."""
+    if line.isprintable():
+        return line
+    return "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in line)

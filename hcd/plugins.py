@@ -1,0 +1,84 @@
+"""Device types, found through entry points of the group "hcd.devices".
+
+Only a type that is asked for by name is imported: one broken plug-in that nobody uses harms nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.metadata import EntryPoint, entry_points
+
+from hcd import options as opt
+from hcd.device import API_VERSION, Device, Option
+from hcd.errors import ConfigError, PluginError
+
+__all__ = ["GROUP", "RESERVED", "load", "names", "origin"]
+
+GROUP = "hcd.devices"
+
+#: options that ``hcd device`` has for every type; a type cannot declare them again
+RESERVED = frozenset(
+    (
+        *("help", "socket-path", "fd", "name", "path", "bus", "qmp", "metrics", "log-level"),
+        *("poll-us", "drain-timeout", "exit-on-disconnect", "print-capabilities", "version"),
+    )
+)
+
+
+def names() -> list[str]:
+    """Every installed type, sorted. Nothing is imported."""
+    return sorted({entry.name for entry in entry_points(group=GROUP)})
+
+
+def origin(entry: EntryPoint) -> str:
+    """The distribution that an entry point comes from, with its version."""
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution"
+
+
+def load(name: str) -> type[Device]:
+    """The class of type ``name``.
+
+    ConfigError when no such type is installed; PluginError, naming the distribution, when it cannot be used.
+    """
+    entry = _entry(name)
+    try:
+        found = entry.load()
+    except Exception as exc:  # whatever a module raises while it is imported is the plug-in's fault
+        raise _refused(entry, f"cannot be imported from {entry.value}: {type(exc).__name__}: {exc}") from exc
+    if not (isinstance(found, type) and issubclass(found, Device)):
+        raise _refused(entry, f"{entry.value} is not a subclass of hcd.device.Device")
+    if found.api_version != API_VERSION:
+        raise _refused(entry, f"is written for device API {found.api_version}; this hcd has {API_VERSION}")
+    if found.process is Device.process:
+        raise _refused(entry, f"{entry.value} does not define process()")
+    _check_options(entry, found.options)
+    return found
+
+
+def _entry(name: str) -> EntryPoint:
+    entries = list(entry_points(group=GROUP, name=name))
+    if not entries:
+        known = names()
+        hint = opt.did_you_mean(name, known)
+        raise ConfigError(f'no device type "{name}"; installed: {", ".join(known) or "none"}{hint}')
+    if len({entry.value for entry in entries}) > 1:
+        raise PluginError(f'device type "{name}" is claimed by {" and ".join(map(origin, entries))}')
+    return entries[0]
+
+
+def _check_options(entry: EntryPoint, declared: Iterable[Option]) -> None:
+    seen: set[str] = set()
+    for option in declared:
+        if not isinstance(option, Option):
+            raise _refused(entry, f"declares {option!r} as an option; expected a hcd.device.Option")
+        if option.kind not in opt.KINDS:
+            raise _refused(entry, f'option "{option.name}" has the unknown kind "{option.kind}"')
+        if option.key.replace("_", "-") in RESERVED:
+            raise _refused(entry, f'option "{option.name}" is one of hcd\'s own')
+        if option.key in seen:
+            raise _refused(entry, f'declares option "{option.name}" twice')
+        seen.add(option.key)
+
+
+def _refused(entry: EntryPoint, text: str) -> PluginError:
+    return PluginError(f'device type "{entry.name}" of {origin(entry)}: {text}')

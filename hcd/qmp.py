@@ -1,0 +1,321 @@
+"""Asking QEMU over which path a device's doorbells ring.
+
+vhost-user names neither the bus nor the address of a device, so hcd asks on a QMP socket: which chardev is
+connected to hcd's listening socket, which device uses that chardev, on which bus does it sit.
+
+- ``query-chardev`` does not help: the "filename" of a connected client chardev is "unix:" without a path.
+  The QOM objects under /chardevs have it, as property "addr" (a SocketAddress).
+- vhost-user-* devices name their chardev in property "chardev". virtio-net-* names a netdev, and only the
+  human monitor tells which chardev that uses: "n0: index=0,type=vhost-user,vhost-user0 to LABEL", a line
+  per queue pair.
+- The type of the parent bus says which transport it is; the negotiated VERSION_1 (virtio 1.3 6) whether the
+  driver is a legacy one; "modern-pio-notify" whether a modern one rings by port.
+
+QEMU serves one QMP client at a time, from its main loop, which may just be waiting for hcd: so ask beside
+serving, with a limit of time, and hang up at once. Whatever happens here, the device goes on without an
+answer.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import socket
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from hcd.doorbell import Path
+
+__all__ = [
+    "DeviceFacts",
+    "PathAnswer",
+    "QmpClient",
+    "QmpError",
+    "QmpRefused",
+    "ask",
+    "connect",
+    "find_path",
+    "path_of",
+]
+
+TIMEOUT = 10.0
+VIRTIO_F_VERSION_1 = 1 << 32
+
+_MAX_LINE = 4 << 20
+_CONTAINERS = ("/machine/peripheral", "/machine/peripheral-anon")
+_CHILD = re.compile(r"child<(.+)>")
+_NETDEV = re.compile(r"^[\s\\]*(?P<id>\S+): .*\bvhost-user\d+ to (?P<label>.+?)\s*$", re.MULTILINE)
+
+Logger = logging.Logger | logging.LoggerAdapter  # type: ignore[type-arg]
+
+
+class QmpError(Exception):
+    """The conversation cannot go on: nobody there, not QMP, hung up."""
+
+
+class QmpRefused(Exception):
+    """QEMU answered one command with an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFacts:
+    """What QEMU says of the device that is connected to one of hcd's sockets."""
+
+    qom_path: str
+    type: str
+    bus_type: str
+    arch: str
+    modern_pio_notify: bool | None  # None: not a virtio-pci device
+
+
+@dataclass(frozen=True, slots=True)
+class PathAnswer:
+    """QEMU's answer. ``kind`` is for hcd_doorbell_info, ``device`` names QEMU's device in log lines."""
+
+    path: Path
+    kind: str
+    device: str
+
+    def conflict(self, declared: Path | None) -> str:
+        """What to tell the operator whose declared path is another one; "" when there is nothing to tell."""
+        if declared is None or declared is self.path:
+            return ""
+        found = f"{self.device}, which rings over {self.path} ({self.kind})"
+        return f'path "{declared}" is declared, but QEMU has {found}'
+
+
+async def find_path(
+    qmp_socket: str,
+    listening_path: str,
+    *,
+    features: int,
+    timeout: float = TIMEOUT,
+    log: Logger | None = None,
+) -> PathAnswer | None:
+    """The path of the device that QEMU connected to ``listening_path``.
+
+    ``features`` are those that the driver acknowledged. None, with a warning in ``log``, when QEMU cannot
+    be asked or does not know. Raises nothing; ends within ``timeout`` seconds.
+    """
+    log = log or logging.getLogger("hcd.qmp")
+    reason = f"no answer within {timeout:g} s; it serves one client at a time, so hcd needs one of its own"
+    try:
+        with trio.move_on_after(timeout):
+            facts = await ask(qmp_socket, listening_path)
+            answer = path_of(facts, features)
+            if answer is not None:
+                return answer
+            reason = f"{facts.type} on a bus of type {facts.bus_type} is of a kind that hcd does not know"
+    except (QmpError, QmpRefused) as exc:
+        reason = str(exc)
+    log.warning("the path stays unknown: QMP at %s: %s", qmp_socket, reason)
+    return None
+
+
+def path_of(facts: DeviceFacts, features: int) -> PathAnswer | None:
+    """The path that follows from QEMU's facts and the negotiated features; None: a transport unknown here."""
+    device = f"{facts.type} ({facts.qom_path})"
+    if facts.bus_type == "virtual-css-bus":
+        return PathAnswer(Path.HYPERCALL, "ccw", device)
+    if facts.bus_type == "virtio-mmio-bus":
+        return PathAnswer(Path.MMIO, "virtio-mmio", device)
+    if facts.modern_pio_notify is None:
+        return None
+    # Only x86 has ports of its own; elsewhere PCI's port space is a window of memory.
+    port = Path.PIO if facts.arch in ("x86_64", "i386") else Path.MMIO
+    if not features & VIRTIO_F_VERSION_1:
+        return PathAnswer(port, "legacy", device)
+    if facts.modern_pio_notify:
+        return PathAnswer(port, "modern-pio", device)
+    return PathAnswer(Path.MMIO, "modern", device)
+
+
+async def ask(qmp_socket: str, listening_path: str) -> DeviceFacts:
+    """Find the device at ``listening_path``. QmpError or QmpRefused say why not; no time limit."""
+    async with connect(qmp_socket) as qmp:
+        labels = await _chardevs_at(qmp, listening_path)
+        if not labels:
+            raise QmpError(f"QEMU has no chardev that is connected to {listening_path}")
+        found = [
+            await _facts(qmp, path, type_)
+            for path, type_ in await _devices(qmp)
+            if await _chardev_of(qmp, path) in labels
+        ]
+    if not found:
+        raise QmpError(f"no device of QEMU uses chardev {', '.join(sorted(labels))}")
+    if len({(f.bus_type, f.modern_pio_notify) for f in found}) > 1:
+        both = " and ".join(f.qom_path for f in found)
+        raise QmpError(f"{both} are all connected to {listening_path}, and ring over different paths")
+    return found[0]
+
+
+# -- the client
+
+
+class QmpClient:
+    """One conversation: commands out, answers in, events skipped."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._stream = stream
+        self._buffer = bytearray()
+
+    async def greet(self) -> None:
+        """Take the greeting and leave negotiation mode."""
+        if "QMP" not in await self._receive():
+            raise QmpError("whoever answers does not speak QMP")
+        await self.execute("qmp_capabilities")
+
+    async def execute(self, command: str, **arguments: str) -> Any:
+        """What ``command`` returns. QmpRefused when QEMU answers with an error."""
+        line = json.dumps({"execute": command, "arguments": arguments}) + "\r\n"
+        try:
+            await self._stream.send_all(line.encode())
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
+            raise QmpError("QEMU hung up") from exc
+        while True:
+            message = await self._receive()
+            if "return" in message:
+                return message["return"]
+            if "error" in message:
+                error = message["error"]
+                description = error.get("desc") if isinstance(error, dict) else error
+                raise QmpRefused(f"{command}: {description}")
+            if "event" not in message:
+                raise QmpError("QEMU sent something that is neither an answer nor an event")
+
+    def peer_directory(self) -> str:
+        """Where QEMU's relative paths start: its working directory; "" where that cannot be seen."""
+        try:
+            raw = self._stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+            return os.readlink(f"/proc/{struct.unpack('3i', raw)[0]}/cwd")
+        except OSError:
+            return ""
+
+    async def _receive(self) -> dict[str, Any]:
+        line = await self._line()
+        try:
+            message = json.loads(line)
+        except (ValueError, RecursionError) as exc:
+            raise QmpError("whoever answers does not speak QMP") from exc
+        if not isinstance(message, dict):
+            raise QmpError("whoever answers does not speak QMP")
+        return message
+
+    async def _line(self) -> bytes:
+        searched = 0
+        while (end := self._buffer.find(b"\n", searched)) < 0:
+            searched = len(self._buffer)
+            if searched > _MAX_LINE:
+                raise QmpError(f"an answer is longer than {_MAX_LINE} bytes")
+            try:
+                data = await self._stream.receive_some(65536)
+            except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
+                raise QmpError("QEMU hung up") from exc
+            if not data:
+                raise QmpError("QEMU hung up")
+            self._buffer += data
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        return line
+
+
+@asynccontextmanager
+async def connect(path: str) -> AsyncIterator[QmpClient]:
+    """A client that is ready for commands; hangs up at the end."""
+    try:
+        stream = await trio.open_unix_socket(path)
+    except OSError as exc:
+        raise QmpError(f"cannot connect: {exc.strerror or exc}") from exc
+    async with stream:
+        client = QmpClient(stream)
+        await client.greet()
+        yield client
+
+
+# -- the questions
+
+
+async def _get(qmp: QmpClient, path: str, property_: str) -> Any:
+    """A QOM property; None where the object has no such property."""
+    try:
+        return await qmp.execute("qom-get", path=path, property=property_)
+    except QmpRefused:
+        return None
+
+
+async def _children(qmp: QmpClient, path: str) -> list[tuple[str, str]]:
+    """(path, type) of what stands under ``path``; nothing where there is no such object."""
+    try:
+        listed = await qmp.execute("qom-list", path=path)
+    except QmpRefused:
+        return []
+    return [
+        (f"{path}/{item.get('name')}", match[1])
+        for item in (listed if isinstance(listed, list) else [])
+        if isinstance(item, dict) and (match := _CHILD.fullmatch(str(item.get("type"))))
+    ]
+
+
+async def _chardevs_at(qmp: QmpClient, listening_path: str) -> set[str]:
+    """Labels of the chardevs whose far end is ``listening_path``."""
+    directory = qmp.peer_directory()
+    labels = set()
+    for path, type_ in await _children(qmp, "/chardevs"):
+        if type_ == "chardev-socket" and _is_at(await _get(qmp, path, "addr"), listening_path, directory):
+            labels.add(path.rpartition("/")[2])
+    return labels
+
+
+def _is_at(address: object, listening_path: str, directory: str) -> bool:
+    """Whether a SocketAddress of QEMU, whose relative paths start in ``directory``, means our socket."""
+    if not isinstance(address, dict) or address.get("type") != "unix":
+        return False
+    path = address.get("path")
+    if not isinstance(path, str) or not path:
+        return False
+    if address.get("abstract"):
+        return f"@{path}" == listening_path
+    if not os.path.isabs(path) and not directory:
+        return False
+    theirs = os.path.join(directory, path)
+    return os.path.realpath(theirs) == os.path.realpath(listening_path)
+
+
+async def _devices(qmp: QmpClient) -> list[tuple[str, str]]:
+    return [child for container in _CONTAINERS for child in await _children(qmp, container)]
+
+
+async def _chardev_of(qmp: QmpClient, path: str) -> str | None:
+    """The label of the chardev that a device uses, directly or through its netdev."""
+    label = await _get(qmp, path, "chardev")
+    if label is None and (netdev := await _get(qmp, path, "netdev")):
+        text = await qmp.execute("human-monitor-command", **{"command-line": "info network"})
+        label = netdev_chardevs(str(text)).get(str(netdev))
+    return str(label) if label else None
+
+
+def netdev_chardevs(info_network: str) -> dict[str, str]:
+    """Chardev label by netdev id, from ``info network``, where n queue pairs make n lines."""
+    return {match["id"]: match["label"] for match in _NETDEV.finditer(info_network)}
+
+
+async def _facts(qmp: QmpClient, path: str, type_: str) -> DeviceFacts:
+    bus = await _get(qmp, path, "parent_bus")
+    bus_type = await _get(qmp, bus, "type") if isinstance(bus, str) else None
+    notify = await _get(qmp, path, "modern-pio-notify")
+    target = await qmp.execute("query-target")
+    arch = target.get("arch") if isinstance(target, dict) else None
+    return DeviceFacts(
+        qom_path=path,
+        type=type_,
+        bus_type=str(bus_type or "unknown"),
+        arch=str(arch or "unknown"),
+        modern_pio_notify=notify if isinstance(notify, bool) else None,
+    )
