@@ -1,0 +1,20 @@
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
+
+cdef extern from "_atomics.h" nogil:
+    uint16_t hcd_load16(const void *p)
+    uint16_t hcd_load16_acquire(const void *p)
+    void hcd_store16(void *p, uint16_t v)
+    void hcd_store16_release(void *p, uint16_t v)
+    void hcd_store32(void *p, uint32_t v)
+    void hcd_fence()
+    int hcd_flag_load(const int *p)
+    void hcd_flag_store(int *p, int v)
+    uint16_t hcd_swap16(uint16_t v)
+    uint32_t hcd_swap32(uint32_t v)
+    uint64_t hcd_swap64(uint64_t v)
+    uint16_t hcd_le16(const void *p)
+    uint32_t hcd_le32(const void *p)
+    uint64_t hcd_le64(const void *p)
+    int hcd_log2(uint64_t v)
+    uint64_t hcd_now()
+    void hcd_relax()

@@ -1,0 +1,29 @@
+from libc.stdint cimport uint32_t, uint64_t
+
+ctypedef struct span_t:       # one region of a table, by guest-physical address
+    uint64_t gpa
+    uint64_t size
+    uint64_t uva              # where the front end has it
+    char *host                # where we have it
+
+cdef class Region:
+    cdef readonly uint64_t guest_addr
+    cdef readonly uint64_t size
+    cdef readonly uint64_t user_addr
+    cdef readonly uint64_t mmap_offset
+    cdef char *base
+    cdef size_t length
+    cdef char *host
+    cdef int slot
+    cdef bint is_revoked
+    cdef int check(self) except -1
+    cdef int check_file(self, int fd) except -1
+    cdef int map(self, int fd) except -1
+
+cdef class MemoryTable:
+    cdef readonly tuple regions
+    cdef span_t *spans
+    cdef int n
+    cdef int hint             # the span of the last hit; a wrong one costs a search, never correctness
+    cdef char *find(self, uint64_t gpa, uint64_t size, uint64_t *run) noexcept nogil
+    cdef char *find_user(self, uint64_t uva, uint64_t size) noexcept nogil

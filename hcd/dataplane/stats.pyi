@@ -1,0 +1,59 @@
+"""Counters and histograms of the data plane, and the text of the hot metric families."""
+
+from collections.abc import Sequence
+
+#: upper bounds of the exported buckets in nanoseconds: 2**10 ... 2**30
+BOUNDS_NS: tuple[int, ...]
+
+class Histogram:
+    """Log-linear: four sub-buckets per power of two, nanoseconds. One writer, any reader."""
+
+    @property
+    def count(self) -> int: ...
+    @property
+    def sum_ns(self) -> int: ...
+    def observe(self, ns: int) -> None: ...
+    def quantile(self, q: float) -> float: ...  # nanoseconds; 0.0 while empty
+    def cumulative(self) -> list[int]: ...  # counts at or below each of BOUNDS_NS, then all
+    def merge(self, other: Histogram) -> None: ...
+
+class DoorbellStats:
+    """Of one doorbell on one path."""
+
+    def __init__(self) -> None: ...
+    rings: int
+    wakeups: int
+    dispatch: Histogram  # woken to handler entry
+    response: Histogram  # woken to interrupt signalled
+    ring: Histogram  # guest's stamp to woken
+    def merge(self, other: DoorbellStats) -> None: ...
+
+class QueueStats:
+    """Of one queue of one device, for as long as the device exists."""
+
+    def __init__(self, operations: Sequence[str]) -> None: ...
+    operations: tuple[str, ...]
+    found_by_ring: int
+    found_by_poll: int
+    bytes_from_guest: int
+    bytes_to_guest: int
+    interrupts_sent: int
+    interrupts_suppressed: int
+    interrupts_pending: int  # the call eventfd was full: one is pending already
+    interrupts_absent: int  # there was no call fd
+    drops: int
+    guest_errors: int
+    handler_errors: int
+    inflight: int
+    def requests(self, op: int, status: int) -> int: ...  # status 0 ok, 1 error, 2 unsupported
+    def latency(self, op: int) -> Histogram: ...
+    def oldest_ns(self) -> int: ...  # age of the oldest request in flight, 0 without one
+
+class HotText:
+    """Renders the hot families in the Prometheus text format without the GIL; text is cached per series."""
+
+    def __init__(self) -> None: ...
+    def add_doorbell(self, device: str, queue: str, path: str, stats: DoorbellStats) -> None: ...
+    def add_queue(self, device: str, queue: str, stats: QueueStats) -> None: ...
+    def remove_device(self, device: str) -> None: ...
+    def render(self) -> bytes: ...  # HELP and TYPE of every hot family, then its series

@@ -1,0 +1,153 @@
+from cpython.ref cimport PyObject
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+
+from hcd.dataplane.memory cimport MemoryTable
+from hcd.dataplane.stats cimport DoorbellStats, QueueStats
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+
+ctypedef struct vring_t:      # all that polling and publishing touch, for use without the GIL
+    uint32_t size
+    bint packed
+    bint event_idx
+    bint indirect
+    bint in_order
+    bint swap                 # legacy ring of a big-endian guest
+    bint running              # started, enabled, mapped and sound: the ring may be touched
+    bint notify               # the driver is asked to ring
+    char *desc                # split: descriptor table; packed: the ring
+    char *driver              # split: available ring; packed: driver event area
+    char *device              # split: used ring; packed: device event area
+    uint16_t last_avail       # next entry to take; packed: slot
+    uint16_t avail_seen       # split: avail.idx when it was read last
+    uint16_t next_used        # next used entry to write; packed: slot
+    uint16_t unpublished      # used entries that the driver cannot see yet
+    uint16_t unsignalled      # used entries since the last interrupt decision
+    bint signalled_valid      # unsignalled counts from a decision that was really made
+    bint avail_wrap           # packed
+    bint used_wrap
+    int batch_slot            # packed: the first slot of the unpublished batch, -1 without one
+    uint16_t batch_flags      # its flags, written last
+    int error                 # why the last pop failed
+    uint64_t error_a
+    uint64_t error_b
+
+ctypedef struct chain_t:      # the scatter list of one request: readable pieces first
+    iovec *iov
+    uint32_t room
+    uint32_t n_out
+    uint32_t n_in
+    uint64_t out_size
+    uint64_t in_size
+    uint16_t head             # descriptor index; packed: buffer id
+    uint16_t slots            # packed: ring slots that the chain takes
+
+ctypedef struct cursor_t:
+    uint32_t i                # piece
+    uint64_t at               # offset in it
+    uint64_t left             # bytes from here on
+
+cdef class Request:
+    cdef Virtqueue vq
+    cdef MemoryTable mem
+    cdef chain_t c
+    cdef cursor_t r
+    cdef cursor_t w
+    cdef int state
+    cdef bint held
+    cdef int64_t result       # what complete() was told, while it travels to the owner thread
+    cdef uint32_t generation
+    cdef uint64_t popped
+    cdef uint64_t woken
+    cdef PyObject *newer      # neighbours among the requests in flight
+    cdef PyObject *older
+    cdef public int op
+    cdef public int status
+
+    cdef int live(self) except -1
+    cdef const char *header(self, uint64_t offset, uint64_t n, char *spare) except NULL
+    cdef int slice(self, cursor_t *k, bint out, uint64_t n, iovec *to, int most) noexcept nogil
+    cdef void advance(self, cursor_t *k, bint out, uint64_t n) noexcept nogil
+    cdef int finish(self, int64_t written) except -1
+    cdef move(self, int fd, int64_t offset, int64_t nbytes, bint out)
+    cdef list views(self, uint32_t start, uint32_t n, bint readonly)
+    cpdef complete(self, int64_t written=*)
+
+cdef class Virtqueue:
+    cdef vring_t ring
+    cdef readonly int index
+    cdef int max_size
+    cdef uint64_t feature_bits
+    cdef MemoryTable mem
+    cdef uint64_t uva_desc
+    cdef uint64_t uva_driver
+    cdef uint64_t uva_device
+    cdef bint started
+    cdef bint enabled
+    cdef bint halted
+    cdef int n_ops
+    cdef readonly str broken
+    cdef readonly int kick_fd
+    cdef int call_fd
+    cdef int err_fd
+    cdef bint spurious
+    cdef bint call_owed
+    cdef unsigned long owner
+    cdef uint32_t generation
+    # in flight, oldest first, and requests that wait to be used again
+    cdef PyObject *oldest
+    cdef PyObject *newest
+    cdef list pool
+    cdef PyObject *current    # the request taken last, while it is in flight
+    cdef int n_inflight
+    # this turn
+    cdef bint in_turn
+    cdef bint dirty
+    cdef bint by_ring
+    cdef int budget
+    cdef uint64_t woken
+    cdef uint64_t batch_woken
+    # where things are counted
+    cdef DoorbellStats doorbell
+    cdef readonly QueueStats stats
+    # callbacks
+    cdef public object device
+    cdef public object handler
+    cdef public object scheduler      # flush_later(queue), completions(queue): see reactor.pyx
+    cdef public object on_error       # (queue, exception): the handler raised, or the ring is broken
+    cdef public object on_drained
+    cdef public object tag            # whatever the owner wants to find here again
+    cdef list remote
+    # the reactor's notes
+    cdef bint ready
+    cdef bint awake
+    cdef bint ready_by_ring
+    cdef uint64_t ready_woken
+
+    cdef Request take(self)
+    cdef Request fresh(self)
+    cdef bint resolve(self)
+    cdef void link(self, Request r) noexcept
+    cdef int retire(self, Request r, int64_t written) except -1
+    cdef int interrupt(self) except -1
+    cdef int ask_kicks(self, bint on) except -1
+    cdef void unlink(self, Request r) noexcept
+    cdef int break_ring(self, str why) except -1
+    cdef int used(self, uint16_t head, uint16_t slots, uint32_t written) except -1
+    cdef int settle(self, Request r, int64_t written) except -1
+    cdef int flush_now(self) except -1
+    cdef int signal(self) except -1
+    cdef bint update_running(self)
+    cpdef flush(self)
+    cpdef uint64_t read_kick(self) except? 0xffffffffffffffff
+    cpdef begin_turn(self, uint64_t woken, bint by_ring)
+    cpdef end_turn(self)
+    cpdef bint enable_kicks(self) except -1
+    cpdef disable_kicks(self)
+    cpdef take_remote(self)
+    cpdef bint available(self) except -1
+
+cdef bint ring_has_work(vring_t *r) noexcept nogil

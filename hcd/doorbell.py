@@ -1,0 +1,110 @@
+"""Doorbells: where a guest rings, over which path, and how hcd knows the path.
+
+A path is never guessed: an eventfd carries neither an address nor a bus. Each doorbell has a *source* that says
+how its path is known; without one the path is ``unknown``. Counters belong to one (device, queue, path): a doorbell
+whose path turns out to be another one counts on under the other label, and what was counted before stays where it was.
+While an answer is still awaited (QEMU is being asked), rings are counted aside and go to the path that is found.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from hcd.dataplane.stats import DoorbellStats
+
+__all__ = ["Doorbell", "Path", "PathSource", "Registry"]
+
+
+class Path(enum.StrEnum):
+    """How a ring leaves the guest."""
+
+    PIO = "pio"
+    MMIO = "mmio"
+    HYPERCALL = "hypercall"
+    DIRECT = "direct"
+    PAGE = "page"
+    UNKNOWN = "unknown"
+
+
+class PathSource(enum.StrEnum):
+    """How hcd knows the path."""
+
+    REGISTERED = "registered"
+    DECLARED = "declared"
+    QMP = "qmp"
+    NEGOTIATED = "negotiated"
+    NONE = "none"
+
+
+@dataclass(slots=True, eq=False)
+class Doorbell:
+    """One doorbell of one device, and its counters by path.
+
+    ``stats`` is what the data plane counts into now. It changes with the path; whoever hands it to a queue asks
+    again when ``on_change`` tells.
+    """
+
+    device: str
+    queue: str
+    transport: str
+    kind: str = "virtqueue"
+    address: str = ""
+    path: Path = Path.UNKNOWN
+    source: PathSource = PathSource.NONE
+    by_path: dict[Path, DoorbellStats] = field(default_factory=dict)
+    pending: bool = False
+    stats: DoorbellStats = field(default_factory=DoorbellStats)
+    on_change: Callable[[Doorbell], None] | None = None
+
+    def await_path(self) -> None:
+        """Somebody is being asked for the path: count aside until :meth:`set_path`."""
+        if self.pending:
+            return
+        self.pending = True
+        self._switch(DoorbellStats())
+
+    def set_path(self, path: Path, source: PathSource, *, kind: str | None = None) -> bool:
+        """The path is known now; returns whether anything changed."""
+        if kind is not None:
+            self.kind = kind
+        if not self.pending and path is self.path and source is self.source and path in self.by_path:
+            return False
+        aside = self.stats if self.pending else None
+        self.pending = False
+        self.path, self.source = path, source
+        target = self.by_path.setdefault(path, DoorbellStats())
+        self._switch(target)
+        if aside is not None:
+            target.merge(aside)
+        return True
+
+    def _switch(self, stats: DoorbellStats) -> None:
+        self.stats = stats
+        if self.on_change is not None:
+            self.on_change(self)
+
+
+class Registry:
+    """Every doorbell of the process, in the order of their registration. Any thread."""
+
+    def __init__(self) -> None:
+        self._doorbells: list[Doorbell] = []
+        self._lock = threading.Lock()
+
+    def add(self, doorbell: Doorbell) -> None:
+        with self._lock:
+            self._doorbells.append(doorbell)
+
+    def remove_device(self, device: str) -> None:
+        with self._lock:
+            self._doorbells = [d for d in self._doorbells if d.device != device]
+
+    def __iter__(self) -> Iterator[Doorbell]:
+        with self._lock:
+            return iter(list(self._doorbells))
+
+    def __len__(self) -> int:
+        return len(self._doorbells)
