@@ -17,11 +17,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from hcd_protocols.codec import Layout
 from hcd_protocols.errors import ProtocolError
 from hcd_protocols.vhost_user import events, layouts
 from hcd_protocols.vhost_user.decode import DECODERS, check_fds, decode
 from hcd_protocols.vhost_user.features import ProtocolFeature, TransportFeature
-from hcd_protocols.vhost_user.layouts import Layout
 from hcd_protocols.vhost_user.messages import (
     FRONTEND_REQUESTS,
     REPLY_FLAGS,

@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from hcd_protocols.codec import Layout
 from hcd_protocols.errors import ProtocolError
 from hcd_protocols.vhost_user import events
-from hcd_protocols.vhost_user.layouts import CONFIG_HEADER_SIZE, MAX_TABLE_REGIONS, Layout
+from hcd_protocols.vhost_user.layouts import CONFIG_HEADER_SIZE, MAX_TABLE_REGIONS
 from hcd_protocols.vhost_user.messages import (
     NO_FD,
     VRING_INDEX_MASK,

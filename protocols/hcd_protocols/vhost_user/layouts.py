@@ -1,21 +1,17 @@
 """Payload layouts of vhost-user, in construct.
 
-All numbers are in the byte order of the machine, as both ends run on it. construct is wrapped here once:
-the rest of the package sees :class:`Layout`, whose ``parse`` and ``build`` are typed and raise nothing but
-ProtocolError (and ValueError for a caller's own values).
-Layouts come from vhost-user.rst, section "Payload".
+All numbers are in the byte order of the machine, as both ends run on it. Layouts come from vhost-user.rst,
+section "Payload".
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from construct import (
     Array,
     Bytes,
     Construct,
-    ConstructError,
     GreedyBytes,
     GreedyRange,
     Int8un,
@@ -28,7 +24,7 @@ from construct import (
     Struct,
 )
 
-from hcd_protocols.errors import ProtocolError
+from hcd_protocols.codec import Layout
 
 __all__ = [
     "CONFIG",
@@ -57,7 +53,6 @@ __all__ = [
     "VRING_ADDR",
     "VRING_AREA",
     "VRING_STATE",
-    "Layout",
 ]
 
 #: bytes of a message's header
@@ -73,36 +68,6 @@ MAX_CONFIG_SIZE = 256
 
 _KEY_SIZE, _AUTH_KEY_SIZE = 64, 512
 _CRYPTO_FIXED = 8 + _KEY_SIZE + _AUTH_KEY_SIZE
-
-
-class Layout:
-    """One payload layout with the range of sizes that it may have on the wire, in bytes."""
-
-    __slots__ = ("_codec", "max_size", "min_size", "name")
-
-    def __init__(self, name: str, codec: Construct, min_size: int, max_size: int | None = None) -> None:
-        self.name = name
-        self._codec = codec
-        self.min_size = min_size
-        self.max_size = min_size if max_size is None else max_size
-
-    def parse(self, data: bytes) -> Mapping[str, Any]:
-        """The fields of ``data``; bytes behind the layout are ignored. ProtocolError when it is too short."""
-        try:
-            fields: Mapping[str, Any] = self._codec.parse(data, size=len(data))
-        except ConstructError as error:
-            raise ProtocolError(f"{self.name}: expected {self.min_size} bytes, got {len(data)}") from error
-        return fields
-
-    def build(self, **fields: object) -> bytes:
-        """The bytes of ``fields``. ValueError for values that do not fit: a mistake of the caller."""
-        try:
-            return bytes(self._codec.build(fields))
-        except ConstructError as error:
-            raise ValueError(f"{self.name}: {error}") from error
-
-    def __repr__(self) -> str:
-        return f"Layout({self.name})"
 
 
 _REGION = Struct(

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from hcd_protocols.codec import Layout
 from hcd_protocols.errors import ProtocolError
 from hcd_protocols.vhost_user import layouts
 from hcd_protocols.vhost_user.features import ProtocolFeature, TransportFeature
-from hcd_protocols.vhost_user.layouts import HEADER_SIZE, MAX_PAYLOAD, Layout
+from hcd_protocols.vhost_user.layouts import HEADER_SIZE, MAX_PAYLOAD
 
 __all__ = [
     "BACKEND_REQUESTS",
