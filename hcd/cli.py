@@ -100,22 +100,25 @@ def _add_log_level(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from hcd import config, daemon, log
+    from hcd import config, log
 
     log.setup(arguments.log_level)
     try:
-        daemon.run(config.load(arguments.config))
+        loaded = config.load(arguments.config)
+        from hcd import daemon
+
+        daemon.run(loaded)
     except ConfigError as exc:
         return _fail(exc, EX_CONFIG)
     return 0
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from hcd import config, plugins
+    from hcd import config
 
     try:
         loaded = config.load(arguments.config)
-        problems = list(filter(None, (_trial(plugins.load(spec.type), spec) for spec in loaded.devices)))
+        problems = list(filter(None, map(_trial, loaded.devices)))
         if problems:
             raise ConfigError("\n".join(f"{arguments.config}: {problem}" for problem in problems))
     except ConfigError as exc:
@@ -125,11 +128,13 @@ def _check(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _trial(cls: type[Device], spec: DeviceSpec) -> str:
+def _trial(spec: DeviceSpec) -> str:
     """What the type itself says of its options; nothing is opened."""
+    from hcd import plugins
+
     try:
-        cls(spec.name, spec.options)
-    except ConfigError as exc:
+        plugins.create(spec.type, spec.name, spec.options)
+    except (ConfigError, PluginError) as exc:
         return f'[[device]] "{spec.name}" options: {exc}'
     return ""
 
@@ -177,13 +182,15 @@ def _device(argv: Sequence[str]) -> int:
         return _print_capabilities(type_name)
     if type_name is None:
         return _device_help(argv)
-    from hcd import daemon, log, plugins, sockets
+    from hcd import log, plugins, sockets
 
     cls = plugins.load(type_name)
     arguments = _device_parser(type_name, cls).parse_args(argv[1:])
     log.setup(arguments.log_level)
     inherited = sockets.adopt_fd(arguments.fd) if arguments.fd is not None else None
     path = arguments.socket_path if inherited is None else sockets.local_path(inherited)
+    from hcd import daemon  # trio, lanes and all: only now that there is something to run
+
     daemon.run(
         _device_config(type_name, cls, arguments, path),
         inherited=inherited,

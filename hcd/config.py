@@ -257,7 +257,7 @@ class _Reader:
 
     def device(self, index: int, found: dict[str, Any]) -> DeviceSpec:
         name = found.get("name")
-        table = f'[[device]] "{name}"' if isinstance(name, str) and name else f"[[device]] number {index}"
+        table = _table(index, name)
         self.unknown_keys(table, found, _DEVICE_KEYS)
         return DeviceSpec(
             name=self.text(table, found, "name", check_name, required=True),
@@ -298,8 +298,8 @@ class _Reader:
         owners: dict[str, str] = {}
         if metrics is not None and metrics.path:
             owners[os.path.abspath(metrics.path)] = "[daemon] metrics"
-        for spec in specs:
-            table = f'[[device]] "{spec.name}"'
+        for index, spec in enumerate(specs, 1):
+            table = _table(index, spec.name)
             if spec.name and spec.name in names:
                 self.problem(table, "name", "is used by an earlier device too")
             names.add(spec.name)
@@ -307,7 +307,12 @@ class _Reader:
             if path in owners:
                 self.problem(table, "socket", f"is used by {owners[path]} too")
             elif path:
-                owners[path] = f'device "{spec.name}"'
+                owners[path] = table
+
+
+def _table(index: int, name: object) -> str:
+    """How messages call the ``index``-th device."""
+    return f'[[device]] "{name}"' if isinstance(name, str) and name else f"[[device]] number {index}"
 
 
 def _declared_option(type_name: str, declared: tuple[Option, ...], key: str) -> Option:

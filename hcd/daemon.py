@@ -120,7 +120,7 @@ async def _serve_all(
 async def _open_device(daemon: _Daemon, stack: AsyncExitStack, lanes: Lanes, spec: DeviceSpec) -> None:
     drain_timeout = daemon.config.drain_timeout
     try:
-        device = plugins.load(spec.type)(spec.name, spec.options)
+        device = plugins.create(spec.type, spec.name, spec.options)
         host = DeviceHost(
             spec, device, lanes=lanes, registry=daemon.registry, hot=daemon.hot, drain_timeout=drain_timeout
         )

@@ -5,14 +5,15 @@ Only a type that is asked for by name is imported: one broken plug-in that nobod
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 from hcd import options as opt
 from hcd.device import API_VERSION, Device, Option
 from hcd.errors import ConfigError, PluginError
 
-__all__ = ["GROUP", "RESERVED", "load", "names", "origin"]
+__all__ = ["GROUP", "RESERVED", "create", "load", "names", "origin"]
 
 GROUP = "hcd.devices"
 
@@ -53,6 +54,17 @@ def load(name: str) -> type[Device]:
         raise _refused(entry, f"{entry.value} does not define process()")
     _check_options(entry, found.options)
     return found
+
+
+def create(type_name: str, name: str, options: Mapping[str, Any]) -> Device:
+    """A device of ``type_name``. ConfigError: it refuses its options. PluginError: it is defective."""
+    cls = load(type_name)
+    try:
+        return cls(name, options)
+    except ConfigError:
+        raise
+    except Exception as exc:
+        raise _refused(_entry(type_name), f"cannot be made: {type(exc).__name__}: {exc}") from exc
 
 
 def _entry(name: str) -> EntryPoint:

@@ -282,10 +282,18 @@ def _is_at(address: object, listening_path: str, directory: str) -> bool:
         return False
     if address.get("abstract"):
         return f"@{path}" == listening_path
-    if not os.path.isabs(path) and not directory:
+    try:
+        return _same_file(path, os.path.realpath(listening_path), directory)
+    except ValueError:  # NUL or a lone surrogate: no path that a socket could have
         return False
+
+
+def _same_file(path: str, ours: str, directory: str) -> bool:
     theirs = os.path.join(directory, path)
-    return os.path.realpath(theirs) == os.path.realpath(listening_path)
+    if os.path.isabs(path) or (directory and os.path.lexists(theirs)):
+        return os.path.realpath(theirs) == ours
+    # "-daemonize" goes to / after the sockets were opened: where a relative path started is gone
+    return ours.endswith("/" + os.path.normpath(path))
 
 
 async def _devices(qmp: QmpClient) -> list[tuple[str, str]]:
