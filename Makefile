@@ -1,0 +1,48 @@
+# make demo | test | test-all | check | build | clean
+# Every target sets up what it needs first (tools/setup); nothing is done twice.
+
+PYTHON := .venv/bin/python
+PYTEST := $(PYTHON) -m pytest
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast test-all check lint build setup clean
+
+help:
+	@echo 'make demo      real guests on hcd: PIO and MMIO, then a table of what every path cost'
+	@echo 'make test      the fast tests, then one guest per path'
+	@echo 'make test-all  the same, and the long ones'
+	@echo 'make check     ruff, mypy and the fast tests'
+	@echo 'make build     set up .venv and compile the data plane'
+	@echo 'make clean     remove what the build made (not .venv, not the cache of guest kernels)'
+
+setup:
+	@tools/setup guests
+
+build:
+	@tools/setup build
+
+demo: setup
+	@$(PYTHON) -m hcd.demo
+
+# One run, one summary; tests/conftest.py puts the guests last.
+test: setup
+	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
+
+test-all: setup
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-fast: build
+	$(PYTEST) -m 'not guest and not slow' $(PYTEST_ARGS)
+
+lint: build
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+
+check: lint test-fast
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -f .venv/*.stamp hcd/*/*.so
+	for source in hcd/*/*.pyx; do rm -f "$${source%.pyx}.c"; done
+	find hcd protocols tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,201 @@
+"""QEMU command lines: every way in which a guest can ring one of hcd's devices.
+
+How the guest reaches the doorbell is chosen by a *bus*:
+
+=========  ==========================================================  ===========
+bus        device in QEMU                                              path
+=========  ==========================================================  ===========
+legacy     virtio-pci with ``disable-modern=on``: a port of I/O BAR 0   pio
+modern     virtio-pci 1.x: an address in memory BAR 4                   mmio
+pio        virtio-pci 1.x with ``modern-pio-notify=on``: I/O BAR 2      pio
+mmio       virtio-mmio (machine microvm): register 0x50                 mmio
+ccw        virtio-ccw (machine s390x): diagnose 0x500                   hypercall
+=========  ==========================================================  ===========
+
+Guest memory is a shared memfd, as vhost-user requires.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hcd.demo.packages import GuestFiles, MissingToolError
+
+__all__ = ["BUS_PATHS", "MACHINES", "Machine", "Vm", "accelerator", "block", "chardev", "net", "rng"]
+
+#: bus -> the path by which its doorbells leave the guest
+BUS_PATHS = {"legacy": "pio", "modern": "mmio", "pio": "pio", "mmio": "mmio", "ccw": "hypercall"}
+
+_PCI_PROPERTIES = {
+    "legacy": ("disable-modern=on", "disable-legacy=off"),
+    "modern": ("disable-legacy=on",),
+    "pio": ("disable-legacy=on", "modern-pio-notify=on"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """One machine type of QEMU: the program that has it, its options, the guest's console, modules of its
+    buses.
+    """
+
+    arch: str
+    program: str
+    package: str
+    options: str
+    console: str
+    bus_modules: tuple[str, ...] = ()
+
+
+MACHINES = {
+    "q35": Machine("amd64", "qemu-system-x86_64", "qemu-system-x86", "q35", "ttyS0", ("virtio_pci",)),
+    "pc": Machine("amd64", "qemu-system-x86_64", "qemu-system-x86", "pc", "ttyS0", ("virtio_pci",)),
+    "microvm": Machine(
+        "amd64", "qemu-system-x86_64", "qemu-system-x86", "microvm", "ttyS0", ("virtio_mmio",)
+    ),
+    "s390x": Machine("s390x", "qemu-system-s390x", "qemu-system-misc", "s390-ccw-virtio", "ttysclp0"),
+}
+
+
+def accelerator(arch: str = "amd64") -> str:
+    """What ``-accel`` gets: $HCD_ACCEL, else "kvm" where it really runs guest kernels, else "tcg".
+
+    A /dev/kvm without VMX or SVM behind it exists (page-table based hypervisors); Debian's kernels do not
+    boot on it. So the processor's flags decide, not the file.
+    """
+    chosen = os.environ.get("HCD_ACCEL", "auto")
+    if chosen != "auto":
+        return chosen
+    if arch != "amd64" or platform.machine() != "x86_64" or not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return "tcg"
+    flags = Path("/proc/cpuinfo").read_text().split()
+    return "kvm" if "vmx" in flags or "svm" in flags else "tcg"
+
+
+@dataclass(slots=True)
+class Vm:
+    """A virtual machine to start. ``devices`` are arguments as ``block``, ``net`` and ``rng`` return them.
+
+    ``qmp`` are sockets on which QEMU listens; each serves one client at a time, so hcd and a test want their
+    own.
+    """
+
+    machine: str = "q35"
+    memory_mib: int = 256
+    cpus: int = 1
+    devices: list[str] = field(default_factory=list)
+    qmp: Sequence[Path] = ()
+    kernel_options: str = ""
+
+    @property
+    def kind(self) -> Machine:
+        return MACHINES[self.machine]
+
+    def command(self, files: GuestFiles, initrd: Path) -> list[str]:
+        """The whole command line. MissingToolError when this QEMU is not installed."""
+        kind = self.kind
+        program = shutil.which(kind.program)
+        if program is None:
+            raise MissingToolError(f"{kind.program} is missing (Debian package {kind.package})")
+        arguments = [program, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
+        arguments += ["-machine", f"{kind.options},memory-backend=ram", "-accel", accelerator(kind.arch)]
+        arguments += ["-smp", str(self.cpus), "-m", f"{self.memory_mib}M"]
+        arguments += ["-object", f"memory-backend-memfd,id=ram,size={self.memory_mib}M,share=on"]
+        arguments += ["-chardev", "stdio,id=console,signal=off", *self._console()]
+        for index, path in enumerate(self.qmp):
+            arguments += ["-chardev", f"socket,id=qmp{index},path={path},server=on,wait=off"]
+            arguments += ["-mon", f"chardev=qmp{index},mode=control"]
+        arguments += [
+            "-kernel",
+            str(files.kernel),
+            "-initrd",
+            str(initrd),
+            "-append",
+            self._kernel_command_line(),
+        ]
+        return arguments + self.devices
+
+    def _console(self) -> list[str]:
+        if self.kind.arch == "s390x":
+            return ["-device", "sclpconsole,chardev=console"]
+        return ["-serial", "chardev:console"]
+
+    def _kernel_command_line(self) -> str:
+        words = [f"console={self.kind.console}", "rdinit=/init", "quiet", "panic=-1", "mitigations=off"]
+        if self.kind.arch == "amd64":
+            words += ["reboot=t", "no_timer_check", "tsc=reliable"]
+        return " ".join([*words, self.kernel_options]).strip()
+
+
+def chardev(ident: str, socket: Path | str) -> list[str]:
+    """The connection to the back end that listens on ``socket``."""
+    return ["-chardev", f"socket,id={ident}-socket,path={socket}"]
+
+
+def _device(name: str, ident: str, bus: str, properties: Sequence[str]) -> list[str]:
+    """``name`` is the device's stem; its bus gives the suffix and properties."""
+    suffix = {"mmio": "", "ccw": "-ccw"}.get(bus, "-pci")
+    if suffix == "" and name == "virtio-net":
+        suffix = "-device"
+    words = [f"{name}{suffix}", f"id={ident}", *properties]
+    if bus in _PCI_PROPERTIES:
+        known = _PCI_PROPERTIES[bus]
+        # The entropy device knows only virtio 1.x, and says so by not having the properties.
+        words += [word for word in known if name != "vhost-user-rng" or "legacy" not in word]
+        words.append("romfile=")
+    return ["-device", ",".join(words)]
+
+
+def block(
+    socket: Path | str,
+    bus: str,
+    *,
+    ident: str = "disk0",
+    queues: int = 1,
+    packed: bool = False,
+    extra: Sequence[str] = (),
+) -> list[str]:
+    """A vhost-user block device on ``bus``."""
+    properties = [f"chardev={ident}-socket", f"num-queues={queues}", *extra]
+    if packed:
+        properties.append("packed=on")
+    return chardev(ident, socket) + _device("vhost-user-blk", ident, bus, properties)
+
+
+def rng(socket: Path | str, bus: str, *, ident: str = "rng0") -> list[str]:
+    """A vhost-user entropy device. QEMU has no legacy one: ValueError."""
+    if bus == "legacy":
+        raise ValueError("QEMU's vhost-user-rng has no legacy variant; bus 'pio' rings by port writes too")
+    return chardev(ident, socket) + _device("vhost-user-rng", ident, bus, [f"chardev={ident}-socket"])
+
+
+def net(
+    socket: Path | str,
+    bus: str,
+    *,
+    ident: str = "net0",
+    mac: str = "",
+    queues: int = 1,
+    packed: bool = False,
+) -> list[str]:
+    """A virtio network card on a vhost-user netdev; ``queues`` counts pairs."""
+    arguments = chardev(ident, socket)
+    arguments += ["-netdev", f"vhost-user,id={ident}-peer,chardev={ident}-socket,queues={queues}"]
+    properties = [f"netdev={ident}-peer"]
+    if mac:
+        properties.append(f"mac={mac}")
+    if queues > 1:
+        properties.append("mq=on")
+    if bus in _PCI_PROPERTIES:
+        # QEMU 7.2 without KVM reaches for an irqfd table that it does not have as soon as a vhost-user
+        # network card uses MSI-X, and dies of SIGSEGV (virtio_pci_vector_unmask). Without vectors the card
+        # interrupts by INTx.
+        properties.append(f"vectors={2 * queues + 2 if accelerator() == 'kvm' else 0}")
+    if packed:
+        properties.append("packed=on")
+    return arguments + _device("virtio-net", ident, bus, properties)
