@@ -53,6 +53,10 @@ cdef enum:
 log = logging.getLogger("hcd.reactor")
 
 
+cdef inline bint wants_turn(vring_t *r) noexcept nogil:
+    return r.running and not r.passive and ring_has_work(r)
+
+
 cdef class Watch:
     """An fd that the reactor waits on."""
 
@@ -250,14 +254,15 @@ cdef class Reactor:
         if not q.ring.running:
             return 0
         q.disable_kicks()
-        self.rouse(q)
+        if not q.ring.passive:
+            self.rouse(q)
         q.begin_turn(q.ready_woken, by_ring)
         try:
             q.handler(q)
         except Exception as e:
             q.on_error(q, e)
         q.end_turn()
-        if q.ring.running and ring_has_work(&q.ring):
+        if wants_turn(&q.ring):
             self.mark(q, q.ready_woken, False)
         took = hcd_now() - began
         if took > self.slow_ns and self.on_slow is not None:
@@ -327,7 +332,7 @@ cdef class Reactor:
         with nogil:
             while True:
                 for i in range(n):
-                    if self.rings[i].running and ring_has_work(self.rings[i]):
+                    if wants_turn(self.rings[i]):
                         found = i
                         break
                 if found >= 0 or hcd_flag_load(&self.posted):
@@ -345,7 +350,7 @@ cdef class Reactor:
             now = hcd_now()
             self.gap_ended(now)
             for i in range(found, n):
-                if self.rings[i].running and ring_has_work(self.rings[i]):
+                if wants_turn(self.rings[i]):
                     self.mark(<Virtqueue>self.awake[i], now, False)
             return 1
         if fds > 0:
@@ -359,7 +364,7 @@ cdef class Reactor:
         cdef double wait
         cdef int timeout = -1
         for q in self.awake:
-            if q.enable_kicks():
+            if not q.ring.passive and q.enable_kicks():
                 self.mark(q, hcd_now(), False)
         if self.ready:
             self.gap_ended(hcd_now())

@@ -18,6 +18,7 @@ ctypedef struct vring_t:      # all that polling and publishing touch, for use w
     bint swap                 # legacy ring of a big-endian guest
     bint running              # started, enabled, mapped and sound: the ring may be touched
     bint notify               # the driver is asked to ring
+    bint passive              # what waits in the ring is no reason for a turn
     char *desc                # split: descriptor table; packed: the ring
     char *driver              # split: available ring; packed: driver event area
     char *device              # split: used ring; packed: device event area
@@ -106,6 +107,7 @@ cdef class Virtqueue:
     # this turn
     cdef bint in_turn
     cdef bint dirty
+    cdef bint corked          # publish nothing yet: a frame is spread over several requests
     cdef bint by_ring
     cdef int budget
     cdef uint64_t woken
@@ -128,6 +130,7 @@ cdef class Virtqueue:
     cdef uint64_t ready_woken
 
     cdef Request take(self)
+    cpdef unpop(self, Request r)
     cdef Request fresh(self)
     cdef bint resolve(self)
     cdef void link(self, Request r) noexcept

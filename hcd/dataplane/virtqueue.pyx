@@ -268,6 +268,17 @@ cdef class Virtqueue:
         return self.started
 
     @property
+    def passive(self):
+        return bool(self.ring.passive)
+
+    @passive.setter
+    def passive(self, bint passive):
+        self.ring.passive = passive
+
+    def schedule(self):
+        self.scheduler.schedule(self)
+
+    @property
     def inflight(self):
         return self.n_inflight
 
@@ -391,7 +402,7 @@ cdef class Virtqueue:
             most -= 1
         return out
 
-    def unpop(self, Request r not None):
+    cpdef unpop(self, Request r):
         r.live()
         if <PyObject *>r != self.newest or r.vq is not self:
             raise ValueError("only the newest request in flight can be put back")
@@ -405,6 +416,7 @@ cdef class Virtqueue:
             split_unpop(&self.ring)
         r.state = DONE
         r.mem = None
+        self.pool.append(r)
         self.unlink(r)
 
     cpdef bint available(self) except -1:
@@ -447,7 +459,7 @@ cdef class Virtqueue:
         if current and PyList_GET_SIZE(self.pool) < <Py_ssize_t>self.ring.size:
             self.pool.append(r)
         self.unlink(r)
-        if self.ring.unpublished >= PUBLISH_AT:
+        if self.ring.unpublished >= PUBLISH_AT and not self.corked:
             self.flush_now()
         elif self.ring.unpublished and not self.in_turn and not self.dirty and self.scheduler is not None:
             self.dirty = True
@@ -555,6 +567,7 @@ cdef class Virtqueue:
         """The handler returned: publish what it completed."""
         self.in_turn = False
         self.budget = 0
+        self.by_ring = False       # what is taken outside a turn was not rung for
         self.flush_now()
 
     def unfinished(self):
