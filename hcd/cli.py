@@ -35,7 +35,7 @@ _LEVELS = ("debug", "info", "warning", "error")
 def main(argv: Sequence[str]) -> int:
     """Run one command; returns the exit status. Errors are lines on stderr."""
     try:
-        if argv[:1] == ["device"]:
+        if argv and argv[0] == "device":
             return _device(argv[1:])
         arguments = _parser().parse_args(argv)
         run: Callable[[argparse.Namespace], int] = arguments.run

@@ -23,7 +23,7 @@ from hcd import plugins, sockets
 from hcd.config import Address, DaemonConfig, DeviceSpec
 from hcd.dataplane.stats import HotText
 from hcd.doorbell import Registry
-from hcd.errors import ConfigError
+from hcd.errors import ConfigError, HcdError
 from hcd.host import DeviceHost
 from hcd.lanes import Lanes, open_lanes
 from hcd.metrics import cold, server
@@ -58,6 +58,7 @@ class _Daemon:
     registry: Registry = field(default_factory=Registry)
     hot: HotText = field(default_factory=HotText)
     hosts: list[DeviceHost] = field(default_factory=list)
+    failure: HcdError | None = None  # why it could not start
 
 
 def run(
@@ -81,6 +82,8 @@ async def _main(config: DaemonConfig, inherited: socket.socket | None, exit_on_d
             async with AsyncExitStack() as stack:
                 await _serve_all(daemon, stack, inherited, exit_on_disconnect)
         watcher.cancel_scope.cancel()
+    if daemon.failure is not None:
+        raise daemon.failure
 
 
 async def _end_on_signal(
@@ -98,12 +101,15 @@ async def _end_on_signal(
 async def _serve_all(
     daemon: _Daemon, stack: AsyncExitStack, inherited: socket.socket | None, exit_on_disconnect: bool
 ) -> None:
-    config = daemon.config
-    lanes = await stack.enter_async_context(open_lanes(poll_us=config.poll_us))
-    for spec in config.devices:
-        await _open_device(daemon, stack, lanes, spec)
-    served = [_bind(stack, host, inherited) for host in daemon.hosts]
-    listeners = await _bind_metrics(stack, config.metrics)
+    lanes = await stack.enter_async_context(open_lanes(poll_us=daemon.config.poll_us))
+    try:
+        for spec in daemon.config.devices:
+            await _open_device(daemon, stack, lanes, spec)
+        served = [_bind(stack, host, inherited) for host in daemon.hosts]
+        listeners = await _bind_metrics(stack, daemon.config.metrics)
+    except HcdError as exc:
+        daemon.failure = exc  # not raised here: it would leave the nurseries above as a group
+        return
     gc.collect()
     gc.freeze()  # what exists now stays: no collection needs to walk it again
     _log.info("ready: %s", ", ".join(host.spec.name for host in daemon.hosts))
