@@ -10,32 +10,47 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from hcd_protocols.virtio.blk import CONFIG_SIZE, FLAG_UNMAP, ID_SIZE, SECTOR_SIZE, BlkConfig, RequestType
+from hcd_protocols.virtio.features import BlkFeature
+
+from hcd.frontend.client import Frontend
 from hcd.frontend.errors import BackendError, RequestFailed, RingFull
 from hcd.frontend.memory import SharedMemory
 from hcd.frontend.queue import Queue
 
-__all__ = ["BlockDriver", "BlockRequest"]
+__all__ = ["BLOCK_FEATURES", "BlockDriver", "BlockRequest", "read_config"]
 
-SECTOR = 512
-IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
-NAMES = {
-    IN: "read",
-    OUT: "write",
-    FLUSH: "flush",
-    GET_ID: "get-id",
-    DISCARD: "discard",
-    WRITE_ZEROES: "write-zeroes",
-}
+#: what this driver can live with; mask the features with it
+BLOCK_FEATURES = (
+    BlkFeature.SIZE_MAX
+    | BlkFeature.SEG_MAX
+    | BlkFeature.GEOMETRY
+    | BlkFeature.RO
+    | BlkFeature.BLK_SIZE
+    | BlkFeature.FLUSH
+    | BlkFeature.TOPOLOGY
+    | BlkFeature.CONFIG_WCE
+    | BlkFeature.MQ
+    | BlkFeature.DISCARD
+    | BlkFeature.WRITE_ZEROES
+)
+
+#: a status that no device writes
 UNTOUCHED = 0xA5
-_WRITABLE = frozenset({IN, GET_ID})
+_WRITABLE = frozenset({RequestType.IN, RequestType.GET_ID})
+
+
+def read_config(frontend: Frontend) -> BlkConfig:
+    """The device's configuration space up to WRITE_ZEROES."""
+    return BlkConfig.from_bytes(frontend.config(0, CONFIG_SIZE))
 
 
 @dataclass(slots=True)
 class BlockRequest:
     """One request. ``data`` goes to the device; ``result`` and ``status`` come back.
 
-    ``length`` is the bytes to read for IN and GET_ID. ``pieces`` cuts the data into descriptors of these
-    sizes (the rest goes into a last one).
+    ``kind`` is a RequestType or any other number; ``length`` the bytes to read for IN and GET_ID. ``pieces``
+    cuts the data into descriptors of these sizes (the rest goes into a last one).
     """
 
     kind: int
@@ -52,12 +67,14 @@ class BlockRequest:
     def writable(self) -> bool:
         return self.kind in _WRITABLE
 
+    def __str__(self) -> str:
+        known = self.kind in RequestType.__members__.values()
+        return f"{RequestType(self.kind).name if known else self.kind} at sector {self.sector}"
+
     def check(self) -> BlockRequest:
         """RequestFailed unless the device reported success."""
         if self.status:
-            name = NAMES.get(self.kind, f"request type {self.kind}")
-            message = f"{name} at sector {self.sector} failed with status {self.status}"
-            raise RequestFailed(message, self.status)
+            raise RequestFailed(f"{self} failed with status {self.status}", self.status)
         return self
 
 
@@ -67,7 +84,7 @@ class _Slot:
     status: int
     data: int = 0
     room: int = 0
-    request: BlockRequest = field(default_factory=lambda: BlockRequest(IN))
+    request: BlockRequest = field(default_factory=lambda: BlockRequest(RequestType.IN))
 
 
 class BlockDriver:
@@ -88,24 +105,25 @@ class BlockDriver:
 
     def read(self, sector: int, length: int) -> bytes:
         """``length`` bytes from ``sector`` (512-byte units) on. RequestFailed if the device says so."""
-        return self.run(BlockRequest(IN, sector, length=length)).check().result
+        return self.run(BlockRequest(RequestType.IN, sector, length=length)).check().result
 
     def write(self, sector: int, data: bytes) -> None:
-        self.run(BlockRequest(OUT, sector, data)).check()
+        self.run(BlockRequest(RequestType.OUT, sector, data)).check()
 
     def flush(self) -> None:
-        self.run(BlockRequest(FLUSH)).check()
+        self.run(BlockRequest(RequestType.FLUSH)).check()
 
     def get_id(self) -> str:
         """The serial number, up to 20 bytes."""
-        answer = self.run(BlockRequest(GET_ID, length=20)).check().result
+        answer = self.run(BlockRequest(RequestType.GET_ID, length=ID_SIZE)).check().result
         return answer.partition(b"\0")[0].decode("ascii", "replace")
 
     def discard(self, sector: int, count: int) -> None:
-        self.run(BlockRequest(DISCARD, 0, self._segment.pack(sector, count, 0))).check()
+        self.run(BlockRequest(RequestType.DISCARD, 0, self._segment.pack(sector, count, 0))).check()
 
     def write_zeroes(self, sector: int, count: int, *, unmap: bool = False) -> None:
-        self.run(BlockRequest(WRITE_ZEROES, 0, self._segment.pack(sector, count, int(unmap)))).check()
+        segment = self._segment.pack(sector, count, FLAG_UNMAP * unmap)
+        self.run(BlockRequest(RequestType.WRITE_ZEROES, 0, segment)).check()
 
     def run(self, request: BlockRequest) -> BlockRequest:
         """Issue one request and wait for it; its status is not checked."""
@@ -179,7 +197,7 @@ class BlockDriver:
             request.result = self.memory.read(slot.data, request.length)
         self._idle.append(slot)
         if request.status == UNTOUCHED:
-            raise BackendError(f"the device finished a {NAMES.get(request.kind, '?')} without a status")
+            raise BackendError(f"{request}: finished without a status")
         return request
 
     def _slot(self, size: int) -> _Slot:
@@ -187,7 +205,7 @@ class BlockDriver:
         if slot.room < size:
             if slot.room:
                 self.memory.free(slot.data)
-            slot.data, slot.room = self.memory.alloc(size, SECTOR), size
+            slot.data, slot.room = self.memory.alloc(size, SECTOR_SIZE), size
         return slot
 
 

@@ -10,14 +10,21 @@ import struct
 import time
 from collections.abc import Sequence
 
+from hcd_protocols.virtio.features import NetFeature
+from hcd_protocols.virtio.net import header_size
+
 from hcd.frontend.errors import BackendError
 from hcd.frontend.memory import SharedMemory
 from hcd.frontend.queue import Queue
 
-__all__ = ["NetDriver"]
+__all__ = ["NET_FEATURES", "NetDriver"]
 
-MRG_RXBUF = 1 << 15
-VERSION_1 = 1 << 32
+#: what this driver can live with; mask the features with it
+NET_FEATURES = (
+    NetFeature.MTU | NetFeature.MAC | NetFeature.MRG_RXBUF | NetFeature.STATUS | NetFeature.MQ
+)
+#: where num_buffers is in the header
+_COUNT_OFFSET = 10
 
 
 class NetDriver:
@@ -37,8 +44,8 @@ class NetDriver:
     ) -> None:
         self.memory, self.rx, self.tx = memory, rx, tx
         self.timeout = timeout
-        self.header_size = 12 if features & (MRG_RXBUF | VERSION_1) else 10
-        self.mergeable = bool(features & MRG_RXBUF)
+        self.header_size = header_size(features)
+        self.mergeable = bool(features & NetFeature.MRG_RXBUF)
         self._count = struct.Struct(">H" if big_endian else "<H")
         self._buffer_size = buffer_size
         self._receiving: dict[int, int] = {}
@@ -95,7 +102,7 @@ class NetDriver:
         if not self._missing:
             if written < self.header_size:
                 raise BackendError(f"a received frame of {written} bytes has no room for its header")
-            self._missing = self._count.unpack_from(data, 10)[0] if self.mergeable else 1
+            self._missing = self._count.unpack_from(data, _COUNT_OFFSET)[0] if self.mergeable else 1
             data = data[self.header_size :]
         self._partial.append(data)
         self._missing -= 1
