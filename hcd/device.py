@@ -79,6 +79,9 @@ class Handle(Protocol):
 class Lane(Protocol):
     """Where a device's handlers run; files and timers of the device belong to it too. Use it on its own thread."""
 
+    #: what devices of one lane share, by a key of their own (a hub for its ports); gone with the daemon
+    shared: dict[str, Any]
+
     def watch(self, fd: int, callback: Callable[[], None]) -> Handle:
         """Call ``callback`` whenever ``fd`` is readable, closed or in error. The fd stays the caller's."""
 
@@ -102,6 +105,8 @@ class Device:
     operations: ClassVar[tuple[str, ...]] = ("request",)
     #: the largest ring that the device takes
     max_queue_size: ClassVar[int] = 1024
+    #: offer IN_ORDER: completions leave in the order of the requests, whatever the order of ``complete``
+    in_order: ClassVar[bool] = False
     #: what QEMU's back-end convention calls this type ("block", "net", "rng"); "" where it has no name for it
     vhost_user_type: ClassVar[str] = ""
     #: what ``--print-capabilities`` adds under "features"
@@ -134,6 +139,11 @@ class Device:
     def config(self) -> bytes:
         """The configuration space, little-endian, whole. Empty: the device has none."""
         return b""
+
+    @property
+    def serves_config(self) -> bool:
+        """Whether the front end reads the configuration space here. QEMU has its own for some types (net)."""
+        return bool(self.config())
 
     def write_config(self, offset: int, data: bytes) -> None:
         """The driver writes ``data`` at ``offset`` (inside the configuration space). May raise DeviceError."""

@@ -97,15 +97,18 @@ cdef class Request:
 
     def u16(self, uint64_t offset):
         cdef char spare[8]
-        return hcd_le16(self.header(offset, 2, spare))
+        cdef uint16_t v = hcd_le16(self.header(offset, 2, spare))
+        return hcd_swap16(v) if self.vq.ring.swap else v
 
     def u32(self, uint64_t offset):
         cdef char spare[8]
-        return hcd_le32(self.header(offset, 4, spare))
+        cdef uint32_t v = hcd_le32(self.header(offset, 4, spare))
+        return hcd_swap32(v) if self.vq.ring.swap else v
 
     def u64(self, uint64_t offset):
         cdef char spare[8]
-        return hcd_le64(self.header(offset, 8, spare))
+        cdef uint64_t v = hcd_le64(self.header(offset, 8, spare))
+        return hcd_swap64(v) if self.vq.ring.swap else v
 
     # -- cursors
 

@@ -19,6 +19,7 @@ cdef class Region:
     cdef int check(self) except -1
     cdef int check_file(self, int fd) except -1
     cdef int map(self, int fd) except -1
+    cdef int place(self, void *p, size_t length, size_t inside) except -1
 
 cdef class MemoryTable:
     cdef readonly tuple regions

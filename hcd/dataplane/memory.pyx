@@ -8,9 +8,9 @@ Theory of operation (vhost-user.rst, "Multiple queue support" and "Memory access
   shares the regions that stay. Rings take over the new table at once, requests keep the one they were taken with, so
   a mapping lives until its last user is done with it.
 * Memory can be taken away under running I/O: the session ends, draining timed out, or the front end truncated the
-  file. Unmapping would turn late accesses into faults in somebody else's memory. So a region is *revoked*: anonymous
-  zero pages replace the mapping in place, late reads see zeros and late writes go nowhere. See _sigbus.h for the
-  truncated file.
+  file. Unmapping would turn late accesses into faults in somebody else's memory. So a region is *revoked*: another
+  mapping replaces it in place, where system calls see EFAULT and the processor's late accesses hit zero pages; the
+  range is freed when its last user is gone. See _faults.h.
 * Everything is checked before it is mapped: an empty region, one that wraps, one that overlaps another, one longer
   than its file (its tail would be SIGBUS) is the front end's fault, a ProtocolError.
 """
@@ -24,9 +24,12 @@ from libc.stdlib cimport calloc, free
 
 from hcd_protocols.errors import ProtocolError
 
+# _GNU_SOURCE for mremap comes with Python.h
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *addr, size_t length, int prot, int flags, int fd, long offset)
     int munmap(void *addr, size_t length)
+    void *mremap(void *addr, size_t old_length, size_t length, int flags)
+    int MREMAP_MAYMOVE
     int madvise(void *addr, size_t length, int advice)
     int PROT_READ, PROT_WRITE, MAP_SHARED, MAP_NORESERVE, MADV_DONTDUMP
     void *MAP_FAILED
@@ -37,12 +40,12 @@ cdef extern from "<sys/vfs.h>" nogil:
         long f_bsize
     int fstatfs(int fd, statfs_t *buf)
 
-cdef extern from "_sigbus.h" nogil:
-    int hcd_sigbus_install()
+cdef extern from "_faults.h" nogil:
+    int hcd_faults_install()
     int hcd_slot_take(void *base, size_t length)
     void hcd_slot_release(int slot)
     int hcd_slot_poisoned(int slot)
-    int hcd_map_zero(void *base, size_t length)
+    int hcd_slot_revoke(int slot)
 
 cdef enum:
     HUGETLBFS_MAGIC = 0x958458f6
@@ -63,8 +66,9 @@ cdef class Region:
         self.user_addr = user_addr
         self.mmap_offset = mmap_offset
         self.check()
-        self.check_file(fd)
-        self.map(fd)
+        if fd != -1:               # twin() fills in its own mapping
+            self.check_file(fd)
+            self.map(fd)
 
     cdef int check(self) except -1:
         if self.size == 0:
@@ -101,11 +105,15 @@ cdef class Region:
         p = mmap(NULL, self.length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, <long>start)
         if p == MAP_FAILED:
             raise ProtocolError(f"{self}: the fd cannot be mapped: {os.strerror(errno)}")
+        return self.place(p, self.length, self.mmap_offset - start)
+
+    cdef int place(self, void *p, size_t length, size_t inside) except -1:
         self.base = <char *>p
-        self.host = self.base + (self.mmap_offset - start)
+        self.length = length
+        self.host = self.base + inside
         madvise(p, self.length, MADV_DONTDUMP)
-        if hcd_sigbus_install() != 0:
-            raise OSError(errno, "sigaction(SIGBUS)")
+        if hcd_faults_install() != 0:
+            raise OSError(errno, "sigaction")
         self.slot = hcd_slot_take(p, self.length)
         if self.slot < 0:
             raise ProtocolError(f"{self}: this process has no room for more memory regions")
@@ -118,12 +126,22 @@ cdef class Region:
             munmap(self.base, self.length)
 
     def revoke(self):
-        """Replace the memory by zero pages in place: late accesses are harmless. Again and again without harm."""
+        """Take the memory away in place: late accesses are harmless. Again and again without harm."""
         if self.is_revoked:
             return
         self.is_revoked = True
-        if hcd_map_zero(self.base, self.length) != 0:
-            raise OSError(errno, f"{self}: mapping zero pages failed")
+        if hcd_slot_revoke(self.slot) != 0:
+            raise OSError(errno, f"{self}: it cannot be revoked: {os.strerror(errno)}")
+
+    def twin(self):
+        """A second mapping of the same memory, for users that go on when this one is revoked (mremap(2), "Notes":
+        an old size of 0 on a shared mapping makes a copy)."""
+        cdef Region other = Region.__new__(Region, self.guest_addr, self.size, self.user_addr, self.mmap_offset, -1)
+        cdef void *p = mremap(self.base, 0, self.length, MREMAP_MAYMOVE)
+        if p == MAP_FAILED:
+            raise OSError(errno, f"{self}: it cannot be mapped again: {os.strerror(errno)}")
+        other.place(p, self.length, self.host - self.base)
+        return other
 
     @property
     def revoked(self):
@@ -244,6 +262,10 @@ cdef class MemoryTable:
         if len(kept) == len(self.regions):
             raise LookupError(f"no memory region at guest address {guest_addr:#x} of {size:#x} bytes")
         return MemoryTable(kept)
+
+    def twin(self):
+        """A table of second mappings of the same memory; revoking one leaves the other."""
+        return MemoryTable([region.twin() for region in self.regions])
 
     def revoke(self):
         """Revoke every region: the end of the session that they belong to."""

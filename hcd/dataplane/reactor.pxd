@@ -50,4 +50,7 @@ cdef class Reactor:
     cdef int poll(self) except -1
     cdef int sleep(self) except -1
     cdef int collect(self, int timeout) except -1
+    cdef int dispatch(self, int n, void *reported) except -1
+    cdef int round(self) except -1
+    cdef int list_rings(self) except -1
     cdef int close_fds(self) except -1

@@ -175,11 +175,12 @@ cdef class Reactor:
             self.list_rings()
         if q.ready:
             q.ready = False
-            self.ready.remove(q)
+            if q in self.ready:
+                self.ready.remove(q)
         if q in self.dirty:
             self.dirty.remove(q)
 
-    def list_rings(self):
+    cdef int list_rings(self) except -1:
         cdef Virtqueue q
         cdef vring_t **grown
         cdef int i = 0
@@ -192,6 +193,7 @@ cdef class Reactor:
         for q in self.awake:
             self.rings[i] = &q.ring
             i += 1
+        return 0
 
     cdef int mark(self, Virtqueue q, uint64_t woken, bint by_ring) except -1:
         if q.ready:
@@ -236,7 +238,7 @@ cdef class Reactor:
         self.run_posted()
         self.flush_dirty()
 
-    def round(self):
+    cdef int round(self) except -1:
         """One turn for every queue that is ready, then a look at the fds."""
         cdef Virtqueue q
         queues, self.ready = self.ready, []
@@ -246,7 +248,7 @@ cdef class Reactor:
                 self.turn(q)
         self.flush_dirty()
         self.idle_since = hcd_now()
-        self.collect(0)
+        return self.collect(0)
 
     cdef int turn(self, Virtqueue q) except -1:
         cdef uint64_t began = hcd_now(), took
@@ -354,7 +356,7 @@ cdef class Reactor:
                     self.mark(<Virtqueue>self.awake[i], now, False)
             return 1
         if fds > 0:
-            self.dispatch_events(fds, <size_t>&events[0])
+            self.dispatch(fds, &events[0])
             return 1
         return hcd_flag_load(&self.posted)
 
@@ -391,11 +393,11 @@ cdef class Reactor:
                 return 0
             raise OSError(errno, f"epoll_wait: {os.strerror(errno)}")
         if n:
-            self.dispatch_events(n, <size_t>&events[0])
+            self.dispatch(n, &events[0])
         return 0
 
-    def dispatch_events(self, int n, size_t address):
-        cdef epoll_event *events = <epoll_event *>address
+    cdef int dispatch(self, int n, void *reported) except -1:
+        cdef epoll_event *events = <epoll_event *>reported
         cdef uint64_t now = hcd_now(), value
         cdef Watch w
         cdef int i
@@ -413,6 +415,7 @@ cdef class Reactor:
                 self.call(w.callback)
             else:
                 read(self.wake_fd, &value, 8)
+        return 0
 
     def close(self):
         """Release the reactor's fds, after :meth:`run` has returned."""

@@ -146,7 +146,7 @@ cdef class Virtqueue:
     cdef bint update_running(self)
     cpdef flush(self)
     cpdef uint64_t read_kick(self) except? 0xffffffffffffffff
-    cpdef begin_turn(self, uint64_t woken, bint by_ring)
+    cpdef begin_turn(self, uint64_t woken, bint by_ring, bint batch=*)
     cpdef end_turn(self)
     cpdef bint enable_kicks(self) except -1
     cpdef disable_kicks(self)

@@ -554,9 +554,12 @@ cdef class Virtqueue:
             self.doorbell.wakeups += 1
         return value
 
-    cpdef begin_turn(self, uint64_t woken, bint by_ring):
-        """The handler is about to run. ``woken`` is when its cause was seen (CLOCK_MONOTONIC, ns)."""
-        self.in_turn = True
+    cpdef begin_turn(self, uint64_t woken, bint by_ring, bint batch=True):
+        """The handler is about to run. ``woken`` is when its cause was seen (CLOCK_MONOTONIC, ns).
+
+        ``batch``: completions become visible at the end of the turn; without it, soon after each.
+        """
+        self.in_turn = batch
         self.budget = BUDGET
         self.woken = woken
         self.by_ring = by_ring

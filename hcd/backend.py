@@ -1,0 +1,350 @@
+"""The back end of one session: the one object that joins guest memory, queues, doorbells and device.
+
+It lives on its device's lane and does what the front end's messages ask for; reading messages, answering them and
+waiting are the transport's. Theory of operation (vhost-user.rst, "Ring states"; facts on front ends):
+
+* A ring is *started* by SET_VRING_KICK once its size and addresses are known, and *enabled* by SET_VRING_ENABLE (or
+  by SET_FEATURES without PROTOCOL_FEATURES). Either may come first. When both hold the ring is scanned at once: kicks
+  get lost across a reconnect, and one that came while the ring was disabled was not read.
+* QEMU hands over kick eventfds whose value is 1 although nobody rang; others hand over 0 and their first ring is
+  real. So the value is read from fdinfo before the message is answered: at least 1 means that exactly one is
+  spurious.
+* GET_VRING_BASE stops a ring: no new requests, those in flight are waited for (by the transport, with a limit), then
+  the ring is let go.
+* Every fd that a message brought is owned here from the moment of the call, also when the call fails.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from hcd.dataplane.memory import MemoryTable, describe_mode
+from hcd.dataplane.stats import DoorbellStats
+from hcd.dataplane.virtqueue import Virtqueue
+from hcd.device import Handle
+from hcd.doorbell import Doorbell
+from hcd.errors import DeviceError, GuestError, ProtocolError
+from hcd.host import DeviceHost
+
+__all__ = ["Backend", "eventfd_count"]
+
+
+@dataclass(slots=True)
+class _Vring:
+    """One queue and what the front end said of it."""
+
+    queue: Virtqueue
+    num: int = 0
+    addresses: tuple[int, int, int] | None = None  # desc, avail, used, in the front end's address space
+    base: int = 0
+    big_endian: bool = False
+    kick: int = -1
+    spurious: bool = False
+    call: int = -1
+    err: int = -1
+    enabled: bool = False
+    active: bool = False  # the device was told that the queue runs
+    watch: Handle | None = None
+    on_drained: list[Callable[[], None]] = field(default_factory=list)
+
+
+class Backend:
+    """The back end of one connection to ``host``. Everything here is for the lane's thread."""
+
+    def __init__(self, host: DeviceHost) -> None:
+        self.host = host
+        self.device = host.device
+        self.memory = MemoryTable()
+        self.features = 0
+        self._abandoned: list[MemoryTable] = []  # memory of requests that were given up on while others went on
+        self._vrings = [self._make_vring(index, bell) for index, bell in enumerate(host.doorbells)]
+
+    def _make_vring(self, index: int, doorbell: Doorbell) -> _Vring:
+        host = self.host
+        queue = host.lane.queue_type(index, doorbell.stats, host.queue_stats[index], self.device.max_queue_size)
+        queue.device = self.device
+        queue.tag = host.spec.name
+        queue.handler = self.device.process
+        queue.on_error = self._on_error
+        queue.on_drained = self._on_drained
+        host.lane.attach(queue)
+
+        def follow(bell: Doorbell) -> None:
+            queue.set_doorbell(bell.stats)
+
+        doorbell.on_change = follow
+        return _Vring(queue)
+
+    # -- negotiation
+
+    def set_features(self, features: int, *, enable_all: bool) -> None:
+        """The driver acknowledged ``features``; ``enable_all``: no PROTOCOL_FEATURES, so rings need no ENABLE."""
+        self.features = features
+        self.host.negotiated(features)
+        self.device.connect(features)
+        if enable_all:
+            for vring in self._vrings:
+                vring.enabled = True
+                self._update(vring)
+
+    # -- memory
+
+    def set_memory(self, table: MemoryTable) -> None:
+        """Use ``table`` from now on; rings that run take it over."""
+        self.memory = table
+        for vring in self._vrings:
+            vring.queue.set_memory(table)
+            self._update(vring)
+
+    # -- vrings
+
+    def set_num(self, index: int, num: int) -> None:
+        self._vrings[index].num = num
+
+    def set_base(self, index: int, base: int) -> None:
+        self._vrings[index].base = base
+
+    def set_endian(self, index: int, big: bool) -> None:
+        self._vrings[index].big_endian = big
+
+    def set_addresses(self, index: int, desc: int, avail: int, used: int) -> None:
+        """Addresses in the front end's address space. QEMU sends them again to a running ring; they may not move."""
+        vring = self._vrings[index]
+        if vring.queue.is_started and vring.addresses != (desc, avail, used):
+            raise ProtocolError(f"SET_VRING_ADDR moves queue {index} while it runs")
+        vring.addresses = (desc, avail, used)
+        self._update(vring)
+
+    def set_enable(self, index: int, enable: bool) -> None:
+        vring = self._vrings[index]
+        vring.enabled = enable
+        self._update(vring)
+
+    def set_kick(self, index: int, fd: int | None) -> None:
+        if fd is None:
+            raise ProtocolError(f"SET_VRING_KICK brings no eventfd for queue {index}: rings without a doorbell are "
+                                "not offered")
+        vring = self._vrings[index]
+        try:
+            count = eventfd_count(fd)
+            if count is None:
+                kind = describe_mode(os.fstat(fd).st_mode)
+                raise ProtocolError(f"the kick fd of queue {index} is {kind}; expected an eventfd")
+            os.set_blocking(fd, False)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._release_kick(vring)
+        vring.kick, vring.spurious = fd, count >= 1
+        vring.queue.set_kick(fd, vring.spurious)
+        self._update(vring)
+
+    def set_call(self, index: int, fd: int | None) -> None:
+        vring = self._vrings[index]
+        if fd is not None:
+            _prepare_signal(fd, f"call fd of queue {index}")
+        vring.queue.set_call(-1 if fd is None else fd)
+        _close(vring.call)
+        vring.call = -1 if fd is None else fd
+
+    def set_err(self, index: int, fd: int | None) -> None:
+        vring = self._vrings[index]
+        if fd is not None:
+            _prepare_signal(fd, f"err fd of queue {index}")
+        vring.queue.set_err(-1 if fd is None else fd)
+        _close(vring.err)
+        vring.err = -1 if fd is None else fd
+
+    def _update(self, vring: _Vring) -> None:
+        """Bring the queue, its watch and the device to what the front end's state asks for."""
+        queue = vring.queue
+        if not queue.is_started and vring.num and vring.addresses and vring.kick >= 0 and self.memory.regions:
+            desc, avail, used = vring.addresses
+            queue.set_memory(self.memory)
+            queue.start(self.features, vring.num, desc, avail, used, vring.base, vring.big_endian)
+        queue.set_enabled(vring.enabled)
+        if queue.running and not vring.active:
+            vring.active = True
+            self.device.start_queue(queue)
+        elif vring.active and not vring.enabled:
+            self._deactivate(vring)
+        if queue.running:
+            if vring.watch is None:
+                vring.watch = self.host.lane.watch_kick(queue)
+            self.host.lane.schedule(queue)
+
+    def _deactivate(self, vring: _Vring) -> None:
+        """Stop looking at the kick fd, and let the device give back what it holds."""
+        if vring.watch is not None:
+            vring.watch.cancel()
+            vring.watch = None
+        if vring.active:
+            vring.active = False
+            self._call_device(lambda: self.device.stop_queue(vring.queue))
+
+    def _release_kick(self, vring: _Vring) -> None:
+        if vring.watch is not None:
+            vring.watch.cancel()
+            vring.watch = None
+        if vring.kick >= 0:
+            vring.queue.read_kick()  # rings that nobody read yet are counted
+            vring.queue.set_kick(-1)
+            _close(vring.kick)
+            vring.kick = -1
+
+    # -- stopping
+
+    def begin_stop(self, index: int, on_drained: Callable[[], None]) -> bool:
+        """Take no more requests from queue ``index``. True: it is empty now; else ``on_drained`` will be called."""
+        vring = self._vrings[index]
+        vring.queue.halt()
+        self._deactivate(vring)
+        vring.queue.take_remote()
+        if vring.queue.inflight == 0:
+            return True
+        vring.on_drained.append(on_drained)
+        return False
+
+    def finish_stop(self, index: int) -> int:
+        """Let the ring go; returns its base. Requests still in flight are given up."""
+        vring = self._vrings[index]
+        vring.on_drained.clear()
+        left = vring.queue.inflight
+        self._release_kick(vring)
+        base = vring.queue.stop() if vring.queue.is_started else vring.base
+        self.host.lane.forget(vring.queue)
+        self.host.lane.attach(vring.queue)
+        vring.base = base
+        if left:
+            self._give_up(vring, left)
+        return base
+
+    def _give_up(self, vring: _Vring, left: int) -> None:
+        """``left`` requests outlived the drain: their memory is taken away, everybody else gets a twin of it."""
+        self.host.log.error(
+            "queue %d: %d requests did not end within %g s and are given up; their late answers go nowhere",
+            vring.queue.index, left, self.host.drain_timeout,
+        )
+        self._abandoned.append(self.memory)
+        self.set_memory(self.memory.twin())
+        self._revoke_abandoned()
+
+    def _revoke_abandoned(self) -> None:
+        if any(vring.active and vring.queue.inflight for vring in self._vrings):
+            return  # requests of running queues may still use it: at the end of the session, then
+        for table in self._abandoned:
+            table.revoke()
+        self._abandoned.clear()
+
+    def _on_drained(self, queue: Virtqueue) -> None:
+        vring = self._vrings[queue.index]
+        waiting, vring.on_drained = vring.on_drained, []
+        for callback in waiting:
+            callback()
+
+    def reset(self) -> None:
+        """RESET_DEVICE, or status 0 of a reset: rings disabled, the device as after ``open``; memory stays."""
+        for vring in self._vrings:
+            vring.enabled = False
+            self._update(vring)
+        self._call_device(self.device.disconnect)
+
+    def begin_close(self, on_drained: Callable[[], None]) -> int:
+        """The front end is gone: take no more requests. Returns how many queues still have some in flight, each of
+        which calls ``on_drained`` once."""
+        return sum(not self.begin_stop(vring.queue.index, on_drained) for vring in self._vrings)
+
+    def close(self) -> None:
+        """Release everything: rings, fds, memory. Requests still in flight lose their memory."""
+        for vring in self._vrings:
+            vring.on_drained.clear()
+            self._release_kick(vring)
+            if vring.queue.is_started:
+                vring.queue.stop()
+            self.host.lane.forget(vring.queue)
+            vring.queue.set_call(-1)
+            vring.queue.set_err(-1)
+            _close(vring.call)
+            _close(vring.err)
+            vring.call = vring.err = -1
+            vring.queue.set_doorbell(DoorbellStats())
+            vring.queue.set_memory(MemoryTable())
+            if vring.queue.inflight:
+                self.host.log.warning("queue %d: %d requests were in flight when the front end went away; their late "
+                                      "answers go nowhere", vring.queue.index, vring.queue.inflight)
+        for doorbell in self.host.doorbells:
+            doorbell.on_change = None
+        self._call_device(self.device.disconnect)
+        for table in (self.memory, *self._abandoned):
+            table.revoke()
+        self.memory = MemoryTable()
+        self._abandoned.clear()
+
+    # -- errors of guests and handlers
+
+    def _on_error(self, queue: Virtqueue, error: Exception) -> None:
+        """The handler of ``queue`` raised, or its ring is broken."""
+        host = self.host
+        request = queue.unfinished()
+        status = 1
+        if queue.broken:
+            host.rare_log.error(
+                (queue.index, queue.broken), "queue %d: %s; the driver broke its ring, no more requests are taken "
+                "from it until it is set up again", queue.index, queue.broken,
+            )
+        elif isinstance(error, DeviceError):
+            status = error.status
+            host.rare_log.log(logging.INFO, (queue.index, str(error)), "queue %d: %s", queue.index, error)
+        elif isinstance(error, GuestError):
+            queue.stats.guest_errors += 1
+            host.rare_log.warning((queue.index, "guest"), "queue %d: bad request of the driver: %s", queue.index, error)
+        else:
+            queue.stats.handler_errors += 1
+            if host.rare_log.error((queue.index, type(error).__name__), "queue %d: the handler of %s failed: %s: %s",
+                                   queue.index, type(self.device).__name__, type(error).__name__, error):
+                host.log.debug("queue %d", queue.index, exc_info=error)
+            host.trace_once(error)
+        if request is not None:
+            request.status = request.status or 1
+            self._call_device(lambda: self.device.fail_request(request, status))
+            if not request.completed:
+                request.complete(0)
+
+    def _call_device(self, call: Callable[[], None]) -> None:
+        """A method of the device must not take the session along."""
+        try:
+            call()
+        except Exception as error:
+            self.host.rare_log.error(type(error).__name__, "%s failed: %s: %s", type(self.device).__name__,
+                                     type(error).__name__, error)
+            self.host.trace_once(error)
+
+
+def eventfd_count(fd: int) -> int | None:
+    """The value of eventfd ``fd`` as the kernel tells it without reading it (proc(5), fdinfo); None: no eventfd."""
+    with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as info:
+        for line in info:
+            if line.startswith("eventfd-count:"):
+                return int(line.split()[1], 16)
+    return None
+
+
+def _prepare_signal(fd: int, name: str) -> None:
+    """Make ``fd`` fit to be signalled without ever blocking: an eventfd, or the pipe or socket of user-mode Linux."""
+    try:
+        mode = os.fstat(fd).st_mode
+        if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)) and eventfd_count(fd) is None:
+            raise ProtocolError(f"the {name} is {describe_mode(mode)}; expected an eventfd")
+        os.set_blocking(fd, False)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _close(fd: int) -> None:
+    if fd >= 0:
+        os.close(fd)

@@ -1,0 +1,515 @@
+/* The worker of a block file: threads that wait for the disk so that the reactor does not.
+ *
+ * Theory of operation.
+ *
+ * - Jobs come in batches from one thread (submit), under one lock and with at most one wake-up. They go back over one
+ *   list and one eventfd, which is written when the list stops being empty: one wake-up of the reactor for all that
+ *   finished meanwhile.
+ * - There are two lines. Writes through the page cache take the file's inode lock, one after the other however many
+ *   threads try, and are mostly plain memory copies: one thread at a time works on that line, a batch in a go.
+ *   Everything that may sleep for long (reads that missed the page cache, flushes, discards, writes that must reach the
+ *   disk) stands in the other line, one job for each thread. The lines are served by age of their first job.
+ * - Threads are started when there is work and nobody idle, up to a limit, and live until the pool stops. A thread that
+ *   takes work and leaves some wakes the next one.
+ * - No Python here: a job's `request` is carried, never looked at. Its scatter list and the guest memory behind it stay
+ *   valid because whoever made the job holds references. Memory that was revoked meanwhile makes the system call fail
+ *   with EFAULT.
+ */
+#ifndef HCD_BLOCKIO_H
+#define HCD_BLOCKIO_H
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/falloc.h>
+#include <linux/fs.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/ioctl.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "_atomics.h"
+
+#define HCD_POOL_MOST 16            /* threads of one pool */
+#define HCD_POOL_BATCH 16           /* writes that a thread takes at once */
+#define HCD_POOL_TELL_NS 50000      /* the longest that a finished write waits for its batch */
+#define HCD_PIECES 128              /* of a scatter list, for one system call */
+#define HCD_ZEROES 65536
+
+enum { HCD_READ, HCD_WRITE, HCD_FLUSH, HCD_DISCARD, HCD_ZERO };
+enum { HCD_LINE_ANY, HCD_LINE_WRITES, HCD_LINES };
+
+typedef struct {
+    uint64_t offset;                /* bytes */
+    uint64_t length;
+    int unmap;
+} hcd_range_t;
+
+typedef struct hcd_job {
+    struct hcd_job *next;
+    void *request;                  /* Python's; likewise memory */
+    void *memory;
+    const struct iovec *iov;        /* the piece that the transfer has reached */
+    uint64_t at;                    /* how far into it */
+    uint64_t offset;                /* in the file */
+    uint64_t left;
+    uint64_t moved;
+    uint64_t seq;
+    hcd_range_t *ranges;
+    uint32_t n_ranges;
+    int kind;
+    int sync;                       /* on stable storage before it counts as done */
+    int error;                      /* errno, 0 for success */
+} hcd_job;
+
+typedef struct {
+    hcd_job *first;
+    hcd_job **end;
+} hcd_list;
+
+typedef struct {
+    pthread_mutex_t lock;
+    pthread_cond_t work;            /* there may be a job to take, or the pool stops */
+    pthread_cond_t gone;            /* a thread ended */
+    hcd_list lines[HCD_LINES];
+    hcd_list done;
+    uint64_t seq;
+    int fd;
+    int done_fd;
+    int block_device;
+    int direct;                     /* O_DIRECT: writes don't share a lock */
+    int writing;                    /* a thread works on the line of writes */
+    int idle;
+    int threads;
+    int started;
+    int most;
+    int stopping;
+    pthread_t handles[HCD_POOL_MOST];
+} hcd_pool;
+
+static const char hcd_zeroes[HCD_ZEROES];
+
+/* -- lists */
+
+static inline void hcd_list_clear(hcd_list *list) { list->first = NULL; list->end = &list->first; }
+
+static inline void hcd_list_add(hcd_list *list, hcd_job *job)
+{
+    job->next = NULL;
+    *list->end = job;
+    list->end = &job->next;
+}
+
+static inline void hcd_list_move(hcd_list *to, hcd_list *from)
+{
+    if (from->first == NULL)
+        return;
+    *to->end = from->first;
+    to->end = from->end;
+    hcd_list_clear(from);
+}
+
+static inline hcd_job *hcd_list_take(hcd_list *list)
+{
+    hcd_job *job = list->first;
+    list->first = job->next;
+    if (list->first == NULL)
+        list->end = &list->first;
+    return job;
+}
+
+/* -- doing one job */
+
+static int hcd_job_pieces(const hcd_job *job, struct iovec *to)
+{
+    const struct iovec *from = job->iov;
+    uint64_t left = job->left, at = job->at;
+    int n = 0;
+    while (left && n < HCD_PIECES) {
+        uint64_t part = from->iov_len - at;
+        if (part > left)
+            part = left;
+        to[n].iov_base = (char *)from->iov_base + at;
+        to[n].iov_len = part;
+        left -= part;
+        at = 0;
+        from++;
+        n++;
+    }
+    return n;
+}
+
+static void hcd_job_advance(hcd_job *job, uint64_t n)
+{
+    job->offset += n;
+    job->moved += n;
+    job->left -= n;
+    n += job->at;
+    while (job->left && n >= job->iov->iov_len) {
+        n -= job->iov->iov_len;
+        job->iov++;
+    }
+    job->at = n;
+}
+
+/* As pread(2) and pwrite(2), repeated until all is moved. Nothing moved is an error: the file was cut short. */
+static int hcd_job_move(int fd, hcd_job *job)
+{
+    struct iovec iov[HCD_PIECES];
+    int flags = job->kind == HCD_WRITE && job->sync ? RWF_DSYNC : 0;
+    while (job->left) {
+        int n = hcd_job_pieces(job, iov);
+        ssize_t got = job->kind == HCD_WRITE ? pwritev2(fd, iov, n, (off_t)job->offset, flags)
+                                             : preadv(fd, iov, n, (off_t)job->offset);
+        if (got > 0) {
+            hcd_job_advance(job, (uint64_t)got);
+        } else if (got == 0) {
+            return EIO;
+        } else if (errno == EOPNOTSUPP && flags) {
+            flags = 0;
+        } else if (errno != EINTR) {
+            return errno;
+        }
+    }
+    if (job->kind == HCD_WRITE && job->sync && !flags && fdatasync(fd) != 0)
+        return errno;
+    return 0;
+}
+
+static int hcd_retry_fallocate(int fd, int mode, const hcd_range_t *range)
+{
+    int result;
+    do
+        result = fallocate(fd, mode, (off_t)range->offset, (off_t)range->length);
+    while (result != 0 && errno == EINTR);
+    return result;
+}
+
+/* Whether errno says that the file system or the device has no such operation. */
+static int hcd_unsupported(void)
+{
+    return errno == EOPNOTSUPP || errno == ENOSYS || errno == ENOTTY || errno == EINVAL;
+}
+
+static int hcd_write_zeroes(hcd_pool *pool, const hcd_range_t *range)
+{
+    struct iovec iov[16];
+    uint64_t offset = range->offset, left = range->length;
+    while (left) {
+        int n = 0;
+        uint64_t planned = 0;
+        if (__atomic_load_n(&pool->stopping, __ATOMIC_ACQUIRE))
+            return ECANCELED;
+        while (planned < left && n < 16) {
+            iov[n].iov_base = (void *)hcd_zeroes;
+            iov[n].iov_len = left - planned < HCD_ZEROES ? left - planned : HCD_ZEROES;
+            planned += iov[n].iov_len;
+            n++;
+        }
+        ssize_t got = pwritev(pool->fd, iov, n, (off_t)offset);
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got <= 0)
+            return got < 0 ? errno : EIO;
+        offset += (uint64_t)got;
+        left -= (uint64_t)got;
+    }
+    return 0;
+}
+
+/* The cheapest way that the file has: a hole where that is allowed, extents marked as zero, written zeroes. */
+static int hcd_zero_range(hcd_pool *pool, const hcd_range_t *range)
+{
+    if (range->unmap) {
+        if (hcd_retry_fallocate(pool->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, range) == 0)
+            return 0;
+        if (!hcd_unsupported())
+            return errno;
+    }
+    if (pool->block_device) {
+        uint64_t span[2] = {range->offset, range->length};
+        if (ioctl(pool->fd, BLKZEROOUT, span) == 0)
+            return 0;
+    } else if (hcd_retry_fallocate(pool->fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, range) == 0) {
+        return 0;
+    }
+    if (!hcd_unsupported())
+        return errno;
+    return hcd_write_zeroes(pool, range);
+}
+
+/* Advice: where the file cannot free space, the range stays as it is. */
+static int hcd_discard_range(hcd_pool *pool, const hcd_range_t *range)
+{
+    uint64_t span[2] = {range->offset, range->length};
+    int result = pool->block_device
+                     ? ioctl(pool->fd, BLKDISCARD, span)
+                     : hcd_retry_fallocate(pool->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, range);
+    return result == 0 || hcd_unsupported() ? 0 : errno;
+}
+
+static int hcd_job_ranges(hcd_pool *pool, hcd_job *job)
+{
+    for (uint32_t i = 0; i < job->n_ranges; i++) {
+        if (job->ranges[i].length == 0)
+            continue;
+        int error = job->kind == HCD_DISCARD ? hcd_discard_range(pool, &job->ranges[i])
+                                             : hcd_zero_range(pool, &job->ranges[i]);
+        if (error)
+            return error;
+    }
+    return job->sync && fdatasync(pool->fd) != 0 ? errno : 0;
+}
+
+static void hcd_job_run(hcd_pool *pool, hcd_job *job)
+{
+    if (job->kind == HCD_READ || job->kind == HCD_WRITE)
+        job->error = hcd_job_move(pool->fd, job);
+    else if (job->kind == HCD_FLUSH)
+        job->error = fdatasync(pool->fd) != 0 ? errno : 0;
+    else
+        job->error = hcd_job_ranges(pool, job);
+}
+
+/* -- the pool; functions marked "locked" want its lock held */
+
+static inline int hcd_job_line(const hcd_pool *pool, const hcd_job *job)
+{
+    return job->kind == HCD_WRITE && !job->sync && !pool->direct ? HCD_LINE_WRITES : HCD_LINE_ANY;
+}
+
+/* Locked. Whether a thread that looked now would find a job. */
+static inline int hcd_pool_takeable(const hcd_pool *pool)
+{
+    return pool->lines[HCD_LINE_ANY].first != NULL || (pool->lines[HCD_LINE_WRITES].first != NULL && !pool->writing);
+}
+
+/* Locked. Moves the next job, or the next few writes, to `batch`. */
+static void hcd_pool_take(hcd_pool *pool, hcd_list *batch)
+{
+    hcd_job *any = pool->lines[HCD_LINE_ANY].first;
+    hcd_job *write = pool->writing ? NULL : pool->lines[HCD_LINE_WRITES].first;
+    if (write != NULL && (any == NULL || write->seq < any->seq)) {
+        pool->writing = 1;
+        for (int n = 0; n < HCD_POOL_BATCH && pool->lines[HCD_LINE_WRITES].first != NULL; n++)
+            hcd_list_add(batch, hcd_list_take(&pool->lines[HCD_LINE_WRITES]));
+    } else if (any != NULL) {
+        hcd_list_add(batch, hcd_list_take(&pool->lines[HCD_LINE_ANY]));
+    }
+}
+
+/* Locked. Hands finished jobs back; whether the eventfd is to be written. */
+static int hcd_pool_post(hcd_pool *pool, hcd_list *finished)
+{
+    int tell = pool->done.first == NULL && finished->first != NULL;
+    hcd_list_move(&pool->done, finished);
+    return tell;
+}
+
+static void hcd_pool_tell(hcd_pool *pool)
+{
+    uint64_t one = 1;
+    if (write(pool->done_fd, &one, 8) != 8)
+        return;                     /* full: it is readable already */
+}
+
+static void *hcd_pool_main(void *arg);
+
+/* Locked. A thread that may be told to take the work that is left: started here, or 1: one is to be signalled. */
+static int hcd_pool_help(hcd_pool *pool)
+{
+    sigset_t all, before;
+    if (pool->stopping || !hcd_pool_takeable(pool))
+        return 0;
+    if (pool->idle)
+        return 1;
+    if (pool->started == pool->most)
+        return 0;
+    pthread_attr_t attributes;
+    pthread_attr_init(&attributes);
+    pthread_attr_setstacksize(&attributes, 128 << 10);
+    sigfillset(&all);
+    sigdelset(&all, SIGBUS);
+    sigdelset(&all, SIGSEGV);
+    pthread_sigmask(SIG_SETMASK, &all, &before);      /* signals are for Python's main thread */
+    if (pthread_create(&pool->handles[pool->started], &attributes, hcd_pool_main, pool) == 0) {
+        pthread_setname_np(pool->handles[pool->started], "hcd-block");
+        pool->started++;
+        pool->threads++;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&attributes);
+    return 0;
+}
+
+/* Does the jobs of `batch`, handing results back early when that takes long; the last ones stay in `finished`. */
+static void hcd_pool_work(hcd_pool *pool, hcd_list *batch, hcd_list *finished)
+{
+    uint64_t since = hcd_now();
+    while (batch->first != NULL) {
+        hcd_job *job = hcd_list_take(batch);
+        hcd_job_run(pool, job);
+        hcd_list_add(finished, job);
+        if (batch->first == NULL || hcd_now() - since < HCD_POOL_TELL_NS)
+            continue;
+        pthread_mutex_lock(&pool->lock);
+        int tell = hcd_pool_post(pool, finished);
+        pthread_mutex_unlock(&pool->lock);
+        if (tell)
+            hcd_pool_tell(pool);
+        since = hcd_now();
+    }
+}
+
+static void *hcd_pool_main(void *arg)
+{
+    hcd_pool *pool = arg;
+    hcd_list batch, finished;
+    hcd_list_clear(&batch);
+    hcd_list_clear(&finished);
+    pthread_mutex_lock(&pool->lock);
+    for (;;) {
+        hcd_pool_take(pool, &batch);
+        if (batch.first == NULL) {
+            if (pool->stopping)
+                break;
+            pool->idle++;
+            pthread_cond_wait(&pool->work, &pool->lock);
+            pool->idle--;
+            continue;
+        }
+        int writes = hcd_job_line(pool, batch.first) == HCD_LINE_WRITES;
+        int signal = hcd_pool_help(pool);
+        pthread_mutex_unlock(&pool->lock);
+        if (signal)
+            pthread_cond_signal(&pool->work);
+        hcd_pool_work(pool, &batch, &finished);
+        pthread_mutex_lock(&pool->lock);
+        if (writes)
+            pool->writing = 0;
+        if (hcd_pool_post(pool, &finished)) {
+            pthread_mutex_unlock(&pool->lock);
+            hcd_pool_tell(pool);
+            pthread_mutex_lock(&pool->lock);
+        }
+    }
+    pool->threads--;
+    pthread_cond_signal(&pool->gone);
+    pthread_mutex_unlock(&pool->lock);
+    return NULL;
+}
+
+/* -- what the file calls */
+
+/* NULL with errno when it cannot be had. `fd` stays the caller's. */
+static hcd_pool *hcd_pool_new(int fd, int block_device, int most)
+{
+    hcd_pool *pool = calloc(1, sizeof(*pool));
+    pthread_condattr_t attributes;
+    if (pool == NULL)
+        return NULL;
+    pool->done_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    if (pool->done_fd < 0) {
+        free(pool);
+        return NULL;
+    }
+    pthread_mutex_init(&pool->lock, NULL);
+    pthread_condattr_init(&attributes);
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+    pthread_cond_init(&pool->work, &attributes);
+    pthread_cond_init(&pool->gone, &attributes);
+    pthread_condattr_destroy(&attributes);
+    for (int i = 0; i < HCD_LINES; i++)
+        hcd_list_clear(&pool->lines[i]);
+    hcd_list_clear(&pool->done);
+    pool->fd = fd;
+    pool->block_device = block_device;
+    pool->direct = (fcntl(fd, F_GETFL) & O_DIRECT) != 0;
+    pool->most = most;
+    return pool;
+}
+
+/* Locked. Fails every job that no thread has begun. */
+static void hcd_pool_cancel(hcd_pool *pool, int error)
+{
+    for (int i = 0; i < HCD_LINES; i++) {
+        for (hcd_job *job = pool->lines[i].first; job != NULL; job = job->next)
+            job->error = error;
+        hcd_list_move(&pool->done, &pool->lines[i]);
+    }
+}
+
+/* Takes the jobs of `batch` over. */
+static void hcd_pool_submit(hcd_pool *pool, hcd_list *batch)
+{
+    int signal, tell = 0;
+    pthread_mutex_lock(&pool->lock);
+    while (batch->first != NULL) {
+        hcd_job *job = hcd_list_take(batch);
+        job->seq = pool->seq++;
+        hcd_list_add(&pool->lines[hcd_job_line(pool, job)], job);
+    }
+    signal = hcd_pool_help(pool);
+    if (pool->threads == 0 || pool->stopping) {       /* no thread could be started, or none will be */
+        tell = pool->done.first == NULL;
+        hcd_pool_cancel(pool, pool->stopping ? ECANCELED : EAGAIN);
+    }
+    pthread_mutex_unlock(&pool->lock);
+    if (signal)
+        pthread_cond_signal(&pool->work);
+    if (tell)
+        hcd_pool_tell(pool);
+}
+
+/* All that finished since the last call, linked by `next`. */
+static hcd_job *hcd_pool_finished(hcd_pool *pool)
+{
+    hcd_job *jobs;
+    pthread_mutex_lock(&pool->lock);
+    jobs = pool->done.first;
+    hcd_list_clear(&pool->done);
+    pthread_mutex_unlock(&pool->lock);
+    return jobs;
+}
+
+/* Cancels what has not begun, and waits up to `ms` for what has. Whether all threads have ended. */
+static int hcd_pool_stop(hcd_pool *pool, long ms)
+{
+    struct timespec until;
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_sec += ms / 1000;
+    until.tv_nsec += ms % 1000 * 1000000;
+    if (until.tv_nsec >= 1000000000) {
+        until.tv_nsec -= 1000000000;
+        until.tv_sec++;
+    }
+    pthread_mutex_lock(&pool->lock);
+    __atomic_store_n(&pool->stopping, 1, __ATOMIC_RELEASE);
+    hcd_pool_cancel(pool, ECANCELED);
+    pthread_cond_broadcast(&pool->work);
+    while (pool->threads && pthread_cond_timedwait(&pool->gone, &pool->lock, &until) == 0)
+        ;
+    int ended = pool->threads == 0;
+    pthread_mutex_unlock(&pool->lock);
+    for (int i = 0; ended && i < pool->started; i++)
+        pthread_join(pool->handles[i], NULL);
+    if (ended)
+        pool->started = 0;
+    return ended;
+}
+
+/* After hcd_pool_stop said yes. */
+static void hcd_pool_free(hcd_pool *pool)
+{
+    close(pool->done_fd);
+    pthread_cond_destroy(&pool->work);
+    pthread_cond_destroy(&pool->gone);
+    pthread_mutex_destroy(&pool->lock);
+    free(pool);
+}
+
+#endif

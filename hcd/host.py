@@ -1,0 +1,157 @@
+"""A configured device of this process: the device itself, its lane, its doorbells and what is counted.
+
+A host outlives connections. Sessions (transports) come and go on it, one at a time; counters go on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from hcd.config import DeviceSpec
+from hcd.dataplane.stats import HotText, QueueStats
+from hcd.device import Device
+from hcd.doorbell import Doorbell, Path, PathSource, Registry
+from hcd.errors import PluginError
+from hcd.lanes import Lanes, QueueLane
+from hcd.log import RateLimited
+
+__all__ = ["DeviceHost"]
+
+#: virtio 1.3, 5: what a front end tells the driver about the device's own feature bits
+VERSION_1 = 1 << 32
+
+#: paths that follow from the bus alone, when the operator names it
+_BUS_PATHS: Mapping[str, tuple[Path, str]] = {
+    "mmio": (Path.MMIO, "virtio-mmio"),
+    "ccw": (Path.HYPERCALL, "ccw"),
+}
+
+
+class DeviceHost:
+    """One device of the process. ``drain_timeout`` in seconds."""
+
+    def __init__(
+        self,
+        spec: DeviceSpec,
+        device: Device,
+        *,
+        lanes: Lanes,
+        registry: Registry,
+        hot: HotText,
+        drain_timeout: float = 5.0,
+    ) -> None:
+        self.spec = spec
+        self.device = device
+        self.lane: QueueLane = lanes.of(device)
+        self.drain_timeout = drain_timeout
+        self.log = logging.LoggerAdapter(logging.getLogger("hcd.session"), {"device": spec.name})
+        self.rare_log = RateLimited(self.log)
+        self.doorbells: list[Doorbell] = []
+        self.queue_stats: list[QueueStats] = []
+        self.connected = False
+        self.protocol_errors = 0
+        self.path_conflict = False
+        self._traced: set[type[BaseException]] = set()
+        self._registry = registry
+        self._hot = hot
+
+    @property
+    def guest_errors(self) -> int:
+        return sum(stats.guest_errors for stats in self.queue_stats)
+
+    @property
+    def handler_errors(self) -> int:
+        return sum(stats.handler_errors for stats in self.queue_stats)
+
+    @property
+    def drops(self) -> int:
+        return sum(stats.drops for stats in self.queue_stats)
+
+    # -- life
+
+    async def open(self) -> None:
+        """Open the device and make its counters known. ConfigError when it cannot be opened."""
+        self.device.open(self.lane)
+        count = self.device.num_queues
+        if not 1 <= count <= 256:
+            raise PluginError(f"{type(self.device).__name__}: {count} queues; expected 1 to 256")
+        for index in range(count):
+            self._add_queue(str(index))
+        self._settle_without_asking()
+
+    def _add_queue(self, queue: str) -> None:
+        stats = QueueStats(self.device.operations)
+        self.queue_stats.append(stats)
+        self._hot.add_queue(self.spec.name, queue, stats)
+        doorbell = Doorbell(device=self.spec.name, queue=queue, transport="vhost-user")
+        self.doorbells.append(doorbell)
+        self._registry.add(doorbell)
+
+    async def close(self) -> None:
+        """Take the device's series away and release what it holds."""
+        self._registry.remove_device(self.spec.name)
+        self._hot.remove_device(self.spec.name)
+        self.device.close()
+
+    # -- paths: on the lane's thread, or before the first session
+
+    @property
+    def asks_qemu(self) -> bool:
+        """Whether the path is to be asked for by QMP once a driver is there."""
+        return self.spec.qmp is not None
+
+    def _settle_without_asking(self) -> None:
+        spec = self.spec
+        if spec.path is not None:
+            self.set_path(spec.path, PathSource.DECLARED)
+        elif spec.bus is not None and spec.bus in _BUS_PATHS:
+            path, kind = _BUS_PATHS[spec.bus]
+            self.set_path(path, PathSource.DECLARED, kind)
+        elif spec.bus is None and not self.asks_qemu:
+            self.set_path(Path.UNKNOWN, PathSource.NONE)
+
+    @property
+    def path_is_open(self) -> bool:
+        """Whether the path depends on what a connection brings."""
+        return self.spec.path is None and self.spec.bus not in _BUS_PATHS and (
+            self.asks_qemu or self.spec.bus == "pci"
+        )
+
+    def negotiated(self, features: int) -> None:
+        """A driver acknowledged ``features``: set the path from them, or count aside until QEMU answers."""
+        if not self.path_is_open:
+            return
+        if self.asks_qemu:
+            for doorbell in self.doorbells:
+                doorbell.await_path()
+            return
+        self.set_negotiated_path(features)
+
+    def set_negotiated_path(self, features: int) -> None:
+        """On PCI a driver without VERSION_1 is a legacy one, which can only ring by port."""
+        if self.spec.bus != "pci":
+            self.set_path(Path.UNKNOWN, PathSource.NONE)
+        elif features & VERSION_1:
+            self.set_path(Path.MMIO, PathSource.NEGOTIATED, "modern")
+        else:
+            self.set_path(Path.PIO, PathSource.NEGOTIATED, "legacy")
+
+    def set_path(self, path: Path, source: PathSource, kind: str | None = None) -> None:
+        """Every doorbell of the device rings over ``path``."""
+        for doorbell in self.doorbells:
+            known = path in doorbell.by_path
+            doorbell.set_path(path, source, kind=kind)
+            if not known:
+                self._hot.add_doorbell(self.spec.name, doorbell.queue, path.value, doorbell.by_path[path])
+
+    def trace_once(self, error: BaseException) -> None:
+        """Log the traceback of ``error`` the first time that its type comes up on this host."""
+        if type(error) not in self._traced:
+            self._traced.add(type(error))
+            self.log.error("traceback of the first %s:", type(error).__name__, exc_info=error)
+
+    def __repr__(self) -> str:
+        return f"<DeviceHost {self.spec.name} ({self.spec.type})>"
+
+

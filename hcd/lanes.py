@@ -1,0 +1,261 @@
+"""Lanes: where the handlers of devices run, and how trio's side reaches them.
+
+There are two. The *reactor lane* is the compiled loop on a thread of its own; devices with a plain ``process`` live
+there. The *trio lane* is the trio thread; devices with an ``async process`` live there. A queue, its device and its
+session's back end belong to one lane and are touched on its thread only. Sessions read messages in trio and carry
+each over with :meth:`run`, which also brings the outcome back: a message is answered when it has taken effect.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import trio
+
+from hcd.dataplane.reactor import Reactor
+from hcd.dataplane.virtqueue import Virtqueue
+from hcd.device import Device, Handle
+
+__all__ = ["AsyncVirtqueue", "Lanes", "QueueLane", "ReactorLane", "TrioLane", "open_lanes"]
+
+T = TypeVar("T")
+
+_log = logging.getLogger("hcd.lanes")
+
+
+class AsyncVirtqueue(Virtqueue):
+    """The queue of a device whose ``process`` is async: the same, and it can be waited for."""
+
+    ready: trio.Event
+    #: when the last ring woke us (CLOCK_MONOTONIC, ns), until its turn begins
+    rung: int = 0
+
+    async def wait(self) -> None:
+        """Return when the ring may hold requests. A checkpoint."""
+        if not self.available() and not self.enable_kicks():
+            self.ready = trio.Event()
+            await self.ready.wait()
+        else:
+            await trio.lowlevel.checkpoint()
+
+
+class QueueLane(Protocol):
+    """What sessions need of a lane, beside what devices see of it (:class:`hcd.device.Lane`).
+
+    All but :meth:`run` and :meth:`post` is for the lane's own thread.
+    """
+
+    shared: dict[str, Any]
+    queue_type: type[Virtqueue]
+
+    async def run(self, function: Callable[[], T]) -> T:
+        """Call ``function`` on the lane's thread and return what it returns, or raise what it raises."""
+
+    def post(self, callback: Callable[[], object]) -> None: ...
+
+    def watch(self, fd: int, callback: Callable[[], None]) -> Handle: ...
+
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> Handle: ...
+
+    def attach(self, queue: Virtqueue) -> None:
+        """``queue`` belongs to this lane now."""
+
+    def watch_kick(self, queue: Virtqueue) -> Handle:
+        """Give ``queue`` a turn whenever its kick fd is rung."""
+
+    def schedule(self, queue: Virtqueue) -> None:
+        """Give ``queue`` a turn although nobody rang."""
+
+    def forget(self, queue: Virtqueue) -> None:
+        """``queue`` is stopped."""
+
+
+class ReactorLane:
+    """The lane of plain handlers."""
+
+    queue_type: type[Virtqueue] = Virtqueue
+
+    def __init__(self, reactor: Reactor, token: trio.lowlevel.TrioToken) -> None:
+        self.reactor = reactor
+        self.shared: dict[str, Any] = {}
+        self._token = token
+        self.post = reactor.post
+        self.watch = reactor.watch
+        self.call_later = reactor.call_later
+        self.watch_kick = reactor.watch_kick
+        self.schedule = reactor.schedule
+        self.forget = reactor.forget
+
+    async def run(self, function: Callable[[], T]) -> T:
+        done = trio.Event()
+        results: list[T] = []
+        errors: list[BaseException] = []
+
+        def job() -> None:
+            try:
+                results.append(function())
+            except BaseException as error:
+                errors.append(error)
+            self._token.run_sync_soon(done.set)
+
+        self.reactor.post(job)
+        with trio.CancelScope(shield=True):  # the job runs in any case; whoever asked must know its outcome
+            await done.wait()
+        if errors:
+            raise errors[0]
+        return results[0]
+
+    def attach(self, queue: Virtqueue) -> None:
+        queue.own()
+        queue.scheduler = self.reactor
+
+
+class _TaskHandle:
+    """A watch, timer or queue of the trio lane: a task that can be cancelled."""
+
+    def __init__(self, fd: int = -1) -> None:
+        self.scope = trio.CancelScope()
+        self._fd = fd
+
+    def cancel(self) -> None:
+        self.scope.cancel()
+        if self._fd >= 0:  # the fd may be closed as soon as this returns
+            trio.lowlevel.notify_closing(self._fd)
+            self._fd = -1
+
+
+class TrioLane:
+    """The lane of async handlers: one task for each queue."""
+
+    queue_type: type[Virtqueue] = AsyncVirtqueue
+
+    def __init__(self, nursery: trio.Nursery, token: trio.lowlevel.TrioToken) -> None:
+        self.shared: dict[str, Any] = {}
+        self._nursery = nursery
+        self._token = token
+        self._tasks: dict[Virtqueue, _TaskHandle] = {}
+
+    async def run(self, function: Callable[[], T]) -> T:
+        await trio.lowlevel.checkpoint()
+        return function()
+
+    def post(self, callback: Callable[[], object]) -> None:
+        self._token.run_sync_soon(_guarded, callback)
+
+    def watch(self, fd: int, callback: Callable[[], None]) -> Handle:
+        handle = _TaskHandle(fd)
+        self._nursery.start_soon(self._watch, handle, fd, callback)
+        return handle
+
+    async def _watch(self, handle: _TaskHandle, fd: int, callback: Callable[[], None]) -> None:
+        with handle.scope, suppress(trio.ClosedResourceError):
+            while not handle.scope.cancel_called:
+                await trio.lowlevel.wait_readable(fd)
+                _guarded(callback)
+
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> Handle:
+        handle = _TaskHandle()
+        self._nursery.start_soon(self._call_later, handle, seconds, callback)
+        return handle
+
+    async def _call_later(self, handle: _TaskHandle, seconds: float, callback: Callable[[], None]) -> None:
+        with handle.scope:
+            await trio.sleep(seconds)
+            _guarded(callback)
+
+    # -- queues
+
+    def attach(self, queue: Virtqueue) -> None:
+        assert isinstance(queue, AsyncVirtqueue)
+        queue.own()
+        queue.scheduler = self
+        queue.ready = trio.Event()
+        handle = self._tasks[queue] = _TaskHandle()
+        self._nursery.start_soon(self._serve, handle, queue)
+
+    def watch_kick(self, queue: Virtqueue) -> Handle:
+        def rung() -> None:
+            assert isinstance(queue, AsyncVirtqueue)
+            if queue.read_kick():
+                queue.rung = time.monotonic_ns()
+            self.schedule(queue)
+
+        return self.watch(queue.kick_fd, rung)
+
+    def schedule(self, queue: Virtqueue) -> None:
+        assert isinstance(queue, AsyncVirtqueue)
+        queue.ready.set()
+
+    def forget(self, queue: Virtqueue) -> None:
+        if handle := self._tasks.pop(queue, None):
+            handle.cancel()
+
+    def flush_later(self, queue: Virtqueue) -> None:
+        """Called by the queue when a completion waits to be published."""
+        self._token.run_sync_soon(queue.flush)
+
+    def completions(self, queue: Virtqueue) -> None:
+        """Called by the queue, on any thread, when another thread completed requests."""
+        self._token.run_sync_soon(_guarded, queue.take_remote)
+
+    async def _serve(self, handle: _TaskHandle, queue: AsyncVirtqueue) -> None:
+        with handle.scope:
+            while True:
+                await queue.ready.wait()
+                queue.ready = trio.Event()
+                while queue.running:
+                    rung, queue.rung = queue.rung, 0
+                    queue.disable_kicks()
+                    queue.begin_turn(rung or time.monotonic_ns(), bool(rung), False)
+                    try:
+                        await queue.handler(queue)
+                    except Exception as error:
+                        if queue.on_error is None:
+                            raise
+                        queue.on_error(queue, error)
+                    queue.end_turn()
+                    await trio.lowlevel.checkpoint()
+                    if not queue.available() and not queue.enable_kicks():
+                        break
+
+
+def _guarded(callback: Callable[[], object]) -> None:
+    try:
+        callback()
+    except Exception:
+        _log.exception("a device's callback failed")
+
+
+@dataclass(frozen=True, slots=True)
+class Lanes:
+    """The lanes of one daemon."""
+
+    reactor: ReactorLane
+    trio: TrioLane
+
+    def of(self, device: Device) -> QueueLane:
+        """The lane that ``device`` belongs to, by the colour of its ``process``."""
+        return self.trio if device.is_async() else self.reactor
+
+
+@asynccontextmanager
+async def open_lanes(poll_us: float = 32) -> AsyncIterator[Lanes]:
+    """Run the reactor on its own thread for as long as the block lasts."""
+    token = trio.lowlevel.current_trio_token()
+    reactor = Reactor(poll_us)
+    thread = threading.Thread(target=reactor.run, name="hcd-reactor", daemon=True)
+    async with trio.open_nursery() as nursery:
+        thread.start()
+        try:
+            yield Lanes(ReactorLane(reactor, token), TrioLane(nursery, token))
+        finally:
+            reactor.stop()
+            thread.join()
+            reactor.close()
+            nursery.cancel_scope.cancel()

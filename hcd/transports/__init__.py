@@ -1,0 +1,1 @@
+"""How hcd gets doorbells from a VMM: one module per transport."""

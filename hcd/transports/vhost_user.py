@@ -1,0 +1,526 @@
+"""Transport vhost-user: the sockets on which front ends come.
+
+Theory of operation.
+
+* Each device has one listening socket for the life of the process. One front end at a time: a second is refused while
+  the first is really there; one that comes while the last session is being torn down waits for that and is served.
+* A message is taken off the socket only when it is there whole: its header is looked at with MSG_PEEK and without a
+  control buffer, the kernel is asked how much has come (SIOCINQ), then recvmsg takes exactly that message. Reading
+  further would glue the next message's descriptors to this one; so a connection is never in the middle of a message.
+* Messages take effect on the device's lane, one at a time, in their order, and are answered after that.
+* GET_VRING_BASE waits for the requests in flight, and so does the end of a session: what a guest wrote should reach
+  the disk. Both wait ``drain_timeout`` at most, because QEMU's main thread waits for the answer.
+"""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import os
+import select
+import socket
+import struct
+import termios
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import trio
+from hcd_protocols.vhost_user import BackChannel, BackendConnection, events
+from hcd_protocols.vhost_user.features import ProtocolFeature, TransportFeature
+from hcd_protocols.vhost_user.messages import describe
+
+from hcd import qmp
+from hcd.backend import Backend
+from hcd.dataplane.memory import MemoryTable, Region
+from hcd.doorbell import Path, PathSource
+from hcd.errors import DeviceError, ProtocolError
+from hcd.host import DeviceHost
+
+__all__ = ["offered_features", "offered_protocol_features", "serve", "serve_connected"]
+
+HEADER_SIZE = 12
+#: no message brings more than one per memory region of the largest table; rust-vmm allows 32 as well
+MAX_FDS = 32
+#: how often (seconds) a message that came in part is looked at again
+PARTIAL_PAUSE = 0.005
+#: after an accept that failed for want of fds or memory (seconds)
+ACCEPT_PAUSE = 0.1
+#: QEMU answers QMP only once its machine is built, which may take as long as other devices of it take
+QMP_ATTEMPTS = 3
+
+
+def offered_features(host: DeviceHost) -> int:
+    """The feature bits that GET_FEATURES answers for the device of ``host``."""
+    ring = (
+        TransportFeature.ANY_LAYOUT
+        | TransportFeature.INDIRECT_DESC
+        | TransportFeature.EVENT_IDX
+        | TransportFeature.PROTOCOL_FEATURES
+        | TransportFeature.VERSION_1
+        | TransportFeature.RING_PACKED
+    )
+    if host.device.in_order:
+        ring |= TransportFeature.IN_ORDER
+    return host.device.features | int(ring)
+
+
+def offered_protocol_features(host: DeviceHost) -> int:
+    """The protocol features that GET_PROTOCOL_FEATURES answers for the device of ``host``."""
+    common = (
+        ProtocolFeature.MQ
+        | ProtocolFeature.REPLY_ACK
+        | ProtocolFeature.BACKEND_REQ
+        | ProtocolFeature.CROSS_ENDIAN
+        | ProtocolFeature.RESET_DEVICE
+        | ProtocolFeature.CONFIGURE_MEM_SLOTS
+        | ProtocolFeature.STATUS
+    )
+    if host.device.serves_config:
+        common |= ProtocolFeature.CONFIG
+    return host.device.protocol_features | int(common)
+
+
+async def serve(host: DeviceHost, listener: socket.socket, *, exit_on_disconnect: bool = False) -> None:
+    """Serve front ends that connect to ``listener``, one at a time, until cancelled.
+
+    ``exit_on_disconnect``: return when the first session has ended.
+    """
+    accepting = trio.socket.from_stdlib_socket(listener)
+    async with trio.open_nursery() as nursery:
+        session: _Session | None = None
+        while True:
+            try:
+                sock, _ = await accepting.accept()
+            except OSError as error:
+                if listener.fileno() < 0:
+                    raise
+                host.rare_log.warning(error.errno, "cannot accept a front end: %s", error.strerror)
+                await trio.sleep(ACCEPT_PAUSE)
+                continue
+            if session is not None and not session.over.is_set():
+                if not session.hung_up():
+                    host.rare_log.warning("a second front end", "a second front end was refused: one is connected "
+                                          "already (pid %s)", session.peer)
+                    sock.close()
+                    continue
+                with sock:
+                    await session.over.wait()
+                    sock = sock.dup()
+            session = _Session(host, sock, qmp_path=_bound_path(listener) or host.spec.socket)
+            nursery.start_soon(_run_session, session, nursery if exit_on_disconnect else None)
+
+
+async def _run_session(session: _Session, ends: trio.Nursery | None) -> None:
+    await session.run()
+    if ends is not None:
+        ends.cancel_scope.cancel()
+
+
+async def serve_connected(host: DeviceHost, sock: socket.socket) -> None:
+    """Serve the one front end at the other end of ``sock``; returns when it has gone."""
+    connected = trio.socket.from_stdlib_socket(sock.dup())
+    await _Session(host, connected, qmp_path=_bound_path(sock) or host.spec.socket).run()
+
+
+def _bound_path(sock: socket.socket) -> str:
+    try:
+        name = sock.getsockname()
+    except OSError:
+        return ""
+    return name if isinstance(name, str) else ""
+
+
+@dataclass(slots=True)
+class _Cut(Exception):
+    """The front end hung up; ``middle``: in the middle of a message."""
+
+    middle: bool
+
+
+class _Session:
+    """One connection of a front end."""
+
+    def __init__(self, host: DeviceHost, sock: trio.socket.SocketType, *, qmp_path: str) -> None:
+        self.host = host
+        self.over = trio.Event()
+        self.peer = _peer_pid(sock)
+        self._sock = sock
+        self._qmp_path = qmp_path
+        self._told_migration = False
+        self._back_channel: socket.socket | None = None
+        self._backend: Backend | None = None
+        self._path_scope: trio.CancelScope | None = None
+        self._conn = BackendConnection(
+            features=offered_features(host),
+            protocol_features=offered_protocol_features(host),
+            num_queues=host.device.num_queues,
+            max_queue_size=host.device.max_queue_size,
+            config_size=len(host.device.config()) if host.device.serves_config else 0,
+        )
+
+    def hung_up(self) -> bool:
+        """Whether the front end closed its end, even if hcd has not come round to it yet."""
+        return _hung_up(self._sock.fileno())
+
+    # -- life
+
+    async def run(self) -> None:
+        """Serve until the front end goes, breaks the protocol, or this is cancelled. Raises nothing else."""
+        host = self.host
+        self._backend = await host.lane.run(lambda: Backend(host))
+        host.connected = True
+        host.log.info("front end connected (pid %s)", self.peer)
+        try:
+            async with trio.open_nursery() as nursery:
+                await self._serve(nursery)
+                nursery.cancel_scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._close()
+
+    async def _serve(self, nursery: trio.Nursery) -> None:
+        host = self.host
+        try:
+            while True:
+                await self._receive()
+                while (event := self._conn.next_event()) is not None:
+                    await self._handle(event, nursery)
+                    await self._send()
+                await self._send()
+        except _Cut as cut:
+            if cut.middle:
+                self._protocol_error("the front end hung up in the middle of a message")
+            else:
+                host.log.info("front end disconnected")
+        except ProtocolError as error:
+            self._protocol_error(str(error))
+            await self._send_last()
+        except OSError as error:
+            host.log.warning("connection to the front end failed: %s", error.strerror or error)
+
+    def _protocol_error(self, text: str) -> None:
+        self.host.protocol_errors += 1
+        self.host.rare_log.error("protocol errors", "the front end (pid %s) broke the protocol: %s; its connection "
+                                 "ends", self.peer, text)
+
+    async def _close(self) -> None:
+        host = self.host
+        backend = self._backend
+        host.device.notify_config_change = lambda: None
+        if backend is not None:
+            await self._drain_all(backend)
+            await host.lane.run(backend.close)
+            await host.lane.run(self._give_up_path)
+        self._sock.close()
+        if self._back_channel is not None:
+            self._back_channel.close()
+        for fd in self._conn.take_unclaimed_fds():
+            os.close(fd)
+        host.connected = False
+        self.over.set()
+
+    async def _drain_all(self, backend: Backend) -> None:
+        drained = _Countdown()
+        busy = await self.host.lane.run(lambda: backend.begin_close(drained.from_any_thread))
+        with trio.move_on_after(self.host.drain_timeout):
+            await drained.wait(busy)
+
+    # -- bytes
+
+    async def _receive(self) -> None:
+        """Take one whole message off the socket and hand it to the connection."""
+        await self._until_header()
+        header = await self._sock.recv(HEADER_SIZE, socket.MSG_PEEK)
+        if len(header) < HEADER_SIZE:
+            # Sent in pieces with descriptors on the first: peeking ends there. Take it as it is.
+            header = await self._take_exactly(HEADER_SIZE)
+            await self._until(self._conn.message_length(header) - HEADER_SIZE)
+            await self._take_exactly(self._conn.message_length(header) - HEADER_SIZE)
+            return
+        length = self._conn.message_length(header)
+        await self._until(length)
+        await self._take_exactly(length)
+
+    async def _take_exactly(self, length: int) -> bytes:
+        taken = b""
+        while len(taken) < length:
+            data, fds = await self._take(length - len(taken))
+            self._conn.receive_data(data, fds)
+            taken += data
+        return taken
+
+    async def _until_header(self) -> None:
+        if await self._sock.recv(1, socket.MSG_PEEK) == b"":
+            raise _Cut(False)
+        await self._until(HEADER_SIZE)
+
+    async def _until(self, wanted: int) -> None:
+        """Return when ``wanted`` bytes can be read; _Cut when the front end hung up before."""
+        while self._readable() < wanted:
+            # Readiness cannot be waited for: the socket is readable all the time with what is there already.
+            if self.hung_up():
+                if self._readable() >= wanted:
+                    return
+                raise _Cut(True)
+            await trio.sleep(PARTIAL_PAUSE)
+
+    def _readable(self) -> int:
+        count = array.array("i", [0])
+        fcntl.ioctl(self._sock.fileno(), termios.FIONREAD, count)
+        return count[0]
+
+    async def _take(self, most: int) -> tuple[bytes, list[int]]:
+        data, ancillary, flags, _ = await self._sock.recvmsg(
+            most, socket.CMSG_SPACE(MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC
+        )
+        fds = array.array("i")
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+        if flags & socket.MSG_CTRUNC:
+            _discard(fds)
+            raise ProtocolError(f"a message brought more than {MAX_FDS} descriptors, or more than this process may "
+                                "open")
+        if not data:
+            _discard(fds)
+            raise _Cut(True)
+        return data, list(fds)
+
+    async def _send(self) -> None:
+        for data, fds in self._conn.data_to_send():
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+            sent = await self._sock.sendmsg([data], ancillary)
+            while sent < len(data):
+                sent += await self._sock.send(data[sent:])
+
+    async def _send_last(self) -> None:
+        """The answer to the message that broke the protocol, if the front end still takes it."""
+        with trio.move_on_after(1):
+            try:
+                await self._send()
+            except OSError:
+                return
+
+    # -- messages
+
+    async def _handle(self, event: events.Event, nursery: trio.Nursery) -> None:
+        """Let ``event`` take effect and queue its answer."""
+        match event:
+            case events.GetVringBase():
+                self._conn.reply_vring_base(event, await self._stop_ring(event.index))
+            case events.GetConfig():
+                self._conn.reply_config(event, await self._read_config(event))
+            case events.GetStatus():
+                self._conn.reply_status(event, self._conn.status)
+            case events.SetConfig() | events.NetSetMtu() | events.SendRarp():
+                self._conn.ack(event, await self._ask_device(event))
+            case events.SetMemTable() | events.AddMemReg() | events.RemMemReg():
+                await self._change_memory(event)
+                self._conn.ack(event)
+            case _:
+                await self._on_lane(event, nursery)
+                self._conn.ack(event)
+
+    async def _on_lane(self, event: events.Event, nursery: trio.Nursery) -> None:
+        backend = self._backend
+        assert backend is not None
+        run = self.host.lane.run
+        match event:
+            case events.SetFeatures(features=features):
+                enable_all = not features & TransportFeature.PROTOCOL_FEATURES
+                await run(lambda: backend.set_features(features, enable_all=enable_all))
+                self._ask_for_path(features, nursery)
+            case events.SetProtocolFeatures():
+                self._tell_migration()
+            case events.SetVringNum(index=index, num=num):
+                await run(lambda: backend.set_num(index, num))
+            case events.SetVringBase(index=index, base=base):
+                await run(lambda: backend.set_base(index, base))
+            case events.SetVringEndian(index=index, big=big):
+                await run(lambda: backend.set_endian(index, big))
+            case events.SetVringAddr(index=index, desc=desc, avail=avail, used=used):
+                await run(lambda: backend.set_addresses(index, desc, avail, used))
+            case events.SetVringKick(index=index, fd=fd):
+                await run(lambda: backend.set_kick(index, fd))
+            case events.SetVringCall(index=index, fd=fd):
+                await run(lambda: backend.set_call(index, fd))
+            case events.SetVringErr(index=index, fd=fd):
+                await run(lambda: backend.set_err(index, fd))
+            case events.SetVringEnable(index=index, enable=enable):
+                await run(lambda: backend.set_enable(index, enable))
+            case events.SetBackendReqFd(fd=fd):
+                self._open_back_channel(fd)
+            case events.ResetDevice() | events.ResetOwner():
+                await run(backend.reset)
+            case events.SetOwner() | events.SetStatus():
+                pass
+            case _:
+                _discard(event.fds_carried)
+                raise ProtocolError(f"{describe(event.request)} was never offered")
+
+    async def _stop_ring(self, index: int) -> int:
+        backend = self._backend
+        assert backend is not None
+        drained = _Countdown()
+        if not await self.host.lane.run(lambda: backend.begin_stop(index, drained.from_any_thread)):
+            with trio.move_on_after(self.host.drain_timeout):
+                await drained.wait(1)
+        return await self.host.lane.run(lambda: backend.finish_stop(index))
+
+    # -- memory: mapped here, because mapping may take long, and handed to the lane as a whole
+
+    async def _change_memory(self, event: events.Event) -> None:
+        backend = self._backend
+        assert backend is not None
+        table = _new_table(backend.memory, event)
+        await self.host.lane.run(lambda: backend.set_memory(table))
+
+    # -- the device
+
+    async def _read_config(self, event: events.GetConfig) -> bytes:
+        config = await self.host.lane.run(self.host.device.config)
+        return config[event.offset : event.offset + event.size]
+
+    async def _ask_device(self, event: events.Event) -> bool:
+        """What the device may refuse. A refusal is an answer, not the end of the connection."""
+        device = self.host.device
+        call: Callable[[], None]
+        match event:
+            case events.SetConfig(offset=offset, data=data):
+                call = lambda: device.write_config(offset, data)  # noqa: E731
+            case events.NetSetMtu(mtu=mtu):
+                call = lambda: device.set_mtu(mtu)  # noqa: E731
+            case events.SendRarp(mac=mac):
+                call = lambda: device.announce(mac)  # noqa: E731
+            case _:
+                raise AssertionError(event)
+        try:
+            await self.host.lane.run(call)
+        except DeviceError as error:
+            self.host.rare_log.warning("refusals", "%s refused: %s", describe(event.request), error)
+            return False
+        return True
+
+    def _open_back_channel(self, fd: int) -> None:
+        try:
+            channel = socket.socket(fileno=fd)
+        except OSError as error:
+            os.close(fd)
+            raise ProtocolError(f"the back channel's descriptor is no socket: {error.strerror}") from None
+        channel.setblocking(False)
+        if self._back_channel is not None:
+            self._back_channel.close()
+        self._back_channel = channel
+        messages = BackChannel()
+
+        def notify() -> None:
+            try:
+                channel.send(messages.config_change(), socket.MSG_NOSIGNAL)
+            except OSError as error:
+                self.host.log.warning("the front end was not told of a configuration change: %s", error.strerror)
+
+        self.host.device.notify_config_change = notify
+
+    def _tell_migration(self) -> None:
+        if not self._told_migration:
+            self._told_migration = True
+            self.host.log.info("live migration is not offered yet: QEMU will refuse to migrate this guest")
+
+    # -- paths
+
+    def _ask_for_path(self, features: int, nursery: trio.Nursery) -> None:
+        if self.host.asks_qemu:
+            if self._path_scope is not None:
+                self._path_scope.cancel()
+            self._path_scope = trio.CancelScope()
+            nursery.start_soon(self._find_path, features, self._path_scope)
+
+    async def _find_path(self, features: int, scope: trio.CancelScope) -> None:
+        host = self.host
+        assert host.spec.qmp is not None
+        answer: qmp.PathAnswer | None = None
+        with scope:
+            for _ in range(QMP_ATTEMPTS):
+                answer = await qmp.find_path(host.spec.qmp, self._qmp_path, features=features, log=host.log)
+                if answer is not None:
+                    break
+            with trio.CancelScope(shield=True):
+                await host.lane.run(lambda: self._take_answer(answer, features))
+
+    def _take_answer(self, answer: qmp.PathAnswer | None, features: int) -> None:
+        host = self.host
+        if answer is None:
+            if host.path_is_open:
+                host.set_negotiated_path(features)
+            return
+        conflict = answer.conflict(host.spec.path)
+        host.path_conflict = bool(conflict)
+        if conflict:
+            host.log.warning("%s", conflict)
+        elif host.path_is_open:
+            host.log.info("rings come by %s: %s (%s)", answer.path, answer.device, answer.kind)
+            host.set_path(answer.path, PathSource.QMP, answer.kind)
+
+    def _give_up_path(self) -> None:
+        """Rings that were counted aside for an answer that never came belong to no known path."""
+        if any(doorbell.pending for doorbell in self.host.doorbells):
+            self.host.set_path(Path.UNKNOWN, PathSource.NONE)
+
+
+class _Countdown:
+    """Waits until something has happened so many times, on whatever thread."""
+
+    def __init__(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        self._happened = trio.Semaphore(0)
+
+    def from_any_thread(self) -> None:
+        self._token.run_sync_soon(self._happened.release)
+
+    async def wait(self, times: int) -> None:
+        for _ in range(times):
+            await self._happened.acquire()
+
+
+def _new_table(old: MemoryTable, event: events.Event) -> MemoryTable:
+    """The memory table after ``event``; its fds are closed, whatever happens."""
+    try:
+        match event:
+            case events.SetMemTable(regions=regions, fds=fds):
+                return MemoryTable([_map(region, fd) for region, fd in zip(regions, fds, strict=True)])
+            case events.AddMemReg(region=region, fd=fd):
+                return old.with_region(_map(region, fd))
+            case events.RemMemReg(region=region):
+                return old.without_region(region.guest_addr, region.size, region.user_addr)
+    except LookupError as error:
+        raise ProtocolError(f"{describe(event.request)}: {error}") from None
+    finally:
+        _discard(event.fds_carried)
+    raise AssertionError(event)
+
+
+def _map(region: events.MemoryRegion, fd: int) -> Region:
+    return Region(region.guest_addr, region.size, region.user_addr, region.mmap_offset, fd)
+
+
+def _discard(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def _hung_up(fd: int) -> bool:
+    if fd < 0:
+        return True
+    poll = select.poll()
+    poll.register(fd, select.POLLRDHUP)
+    return any(flags & (select.POLLRDHUP | select.POLLHUP | select.POLLERR) for _, flags in poll.poll(0))
+
+
+def _peer_pid(sock: trio.socket.SocketType) -> int | str:
+    """The process at the other end when it connected (unix(7), SO_PEERCRED); "?" where the kernel does not say."""
+    try:
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    except OSError:
+        return "?"
+    pid, _, _ = struct.unpack("3i", credentials)
+    return pid or "?"
