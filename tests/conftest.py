@@ -2,12 +2,105 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
+import os
+import shutil
 import sys
-from collections.abc import Callable, Mapping
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+
+from hcd.demo.hcd_process import HcdProcess, Resources
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first, guests last: what fails quickly is known quickly."""
+    items.sort(key=lambda item: item.get_closest_marker("guest") is not None)
+
+
+def skip_or_fail(reason: str) -> None:
+    """Skip the test; with HCD_REQUIRE=1 (continuous integration) nothing may be missing, so fail it."""
+    if os.environ.get("HCD_REQUIRE") == "1":
+        pytest.fail(f"{reason} (HCD_REQUIRE=1)")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def need() -> Callable[..., None]:
+    """``need("qemu-img", ...)``: the test cannot run without these programs."""
+
+    def check(*programs: str) -> None:
+        path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+        missing = [program for program in programs if shutil.which(program, path=path) is None]
+        if missing:
+            skip_or_fail(f"not installed: {', '.join(missing)}")
+
+    return check
+
+
+@pytest.fixture
+def short_dir() -> Iterator[Path]:
+    """A directory with a short path: the path of a unix socket has 107 bytes at most, pytest's are longer."""
+    with tempfile.TemporaryDirectory(prefix="hcd-", dir="/tmp", ignore_cleanup_errors=True) as path:
+        yield Path(path)
+
+
+@pytest.fixture
+def no_leaks() -> Iterator[None]:
+    """Fails a test that leaves descriptors, threads or guest memory behind in this process."""
+    gc.collect()
+    before = Resources()
+    yield
+    growth = settled_growth(before, Resources)
+    assert not growth, f"the test left behind: {growth}"
+
+
+def settled_growth(before: Resources, now: Callable[[], Resources], seconds: float = 5) -> str:
+    """What has grown since ``before`` and does not go away by itself: a thread that ends takes a moment."""
+    deadline = time.monotonic() + seconds
+    while True:
+        gc.collect()
+        growth = now().growth_since(before)
+        if not growth or time.monotonic() > deadline:
+            return growth
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def expect_settled() -> Callable[[HcdProcess, Resources], None]:
+    """``expect_settled(hcd, before)``: the daemon holds again what it held before, and nothing more."""
+
+    def check(hcd: HcdProcess, before: Resources) -> None:
+        growth = settled_growth(before, hcd.resources)
+        assert not growth, f"hcd still holds: {growth}"
+
+    return check
+
+
+@pytest.fixture
+def start_hcd(short_dir: Path) -> Iterator[Callable[..., HcdProcess]]:
+    """Starts ``hcd run`` with ``[[device]]`` tables ("{dir}" is ``short_dir``) and waits until it listens.
+
+    In the end each one is asked to stop: it must exit with 0, without a traceback in its log.
+    """
+    started: list[HcdProcess] = []
+
+    def start(devices: str, *, daemon: str = "") -> HcdProcess:
+        started.append(HcdProcess.from_config(short_dir, devices, daemon=daemon))
+        return started[-1]
+
+    try:
+        yield start
+        for hcd in started:
+            if hcd.process.poll() is None:
+                hcd.stop()
+    finally:
+        for hcd in started:
+            hcd.kill()
 
 
 @pytest.fixture

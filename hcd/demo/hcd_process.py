@@ -47,7 +47,7 @@ class Metrics:
         return sum(value for _, value in self.series(name, **labels))
 
     def quantile(self, name: str, q: float, **labels: str) -> float | None:
-        """The upper bound of the bucket in which quantile ``q`` of a histogram lies; None when it is empty."""
+        """The upper bound of the bucket in which quantile ``q`` lies; None for an empty histogram."""
         buckets: dict[float, float] = {}
         for found, count in self.series(f"{name}_bucket", **labels):
             bound = float(found["le"])
@@ -59,12 +59,15 @@ class Metrics:
 
 
 class Resources:
-    """What a process holds, as /proc shows it: descriptors, threads, mappings of guest memory."""
+    """What a process holds, as /proc shows it: descriptors, threads, mappings of guest memory.
+
+    Trio keeps idle worker threads for a few seconds; they are not counted.
+    """
 
     def __init__(self, pid: int | str = "self") -> None:
         proc = Path("/proc") / str(pid)
         self.fds = _links(proc / "fd")
-        self.threads = sorted(path.name for path in (proc / "task").iterdir())
+        self.threads = sorted(name for name in _thread_names(proc / "task") if not name.startswith("Trio"))
         self.memory_files = [line for line in (proc / "maps").read_text().splitlines() if "memfd:" in line]
 
     def growth_since(self, earlier: Resources) -> str:
@@ -90,8 +93,18 @@ def _links(directory: Path) -> dict[str, str]:
     return links
 
 
+def _thread_names(directory: Path) -> list[str]:
+    names = []
+    for path in directory.iterdir():
+        try:
+            names.append((path / "comm").read_text().strip())
+        except (FileNotFoundError, ProcessLookupError):  # it has just ended
+            continue
+    return names
+
+
 class HcdProcess:
-    """``hcd`` with ``arguments``. Use it as a context manager; leaving it stops the daemon and checks the end.
+    """``hcd`` with ``arguments``. As a context manager it stops the daemon and checks how it ends.
 
     ``metrics`` is the unix socket on which the arguments or the configuration make it serve /metrics.
     """
@@ -123,7 +136,7 @@ class HcdProcess:
 
     @classmethod
     def from_config(cls, directory: Path, devices: str, *, daemon: str = "") -> Self:
-        """``hcd run`` with the ``[[device]]`` tables of ``devices``; files and metrics socket in ``directory``.
+        """``hcd run`` with the ``[[device]]`` tables of ``devices``; its files are in ``directory``.
 
         ``{dir}`` in the text stands for the directory. ``daemon`` is more lines for the table ``[daemon]``.
         """
@@ -196,7 +209,7 @@ class HcdProcess:
 
 
 def is_listening(path: Path) -> bool:
-    """Whether some process listens on the unix socket ``path``. Nothing connects: that would be a front end."""
+    """Whether some process listens on ``path``. Nothing connects to find out: that would be a front end."""
     accepting = "00010000"  # __SO_ACCEPTCON in the column "Flags"
     for line in Path("/proc/net/unix").read_text().splitlines():
         words = line.split()
