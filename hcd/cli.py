@@ -74,9 +74,7 @@ class _Version(argparse.Action):
 
 
 def _parser() -> _Parser:
-    parser = _Parser(
-        prog="hcd", description="Serve devices to virtual machines over vhost-user.", allow_abbrev=False
-    )
+    parser = _Parser(prog="hcd", description="Serve devices to virtual machines over vhost-user.", allow_abbrev=False)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="serve a configuration", allow_abbrev=False)
@@ -226,17 +224,11 @@ def _device_parser(type_name: str, cls: type[Device]) -> _Parser:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--socket-path", type=_text(config.check_socket), metavar="PATH", help="listen here")
     where.add_argument("--fd", type=_text(_fd), help="an inherited unix socket, listening or connected")
-    parser.add_argument(
-        "--name", type=_text(config.check_name), default=type_name, help=f"default {type_name}"
-    )
+    parser.add_argument("--name", type=_text(config.check_name), default=type_name, help=f"default {type_name}")
     parser.add_argument("--path", type=_text(config.parse_path), help="auto, pio, mmio, hypercall or direct")
     parser.add_argument("--bus", type=_text(config.check_bus), help="pci, mmio or ccw")
-    parser.add_argument(
-        "--qmp", type=_text(config.check_qmp), metavar="PATH", help="QMP socket of the front end"
-    )
-    parser.add_argument(
-        "--metrics", type=_text(config.parse_address), metavar="ADDR", help="HOST:PORT or unix:PATH"
-    )
+    parser.add_argument("--qmp", type=_text(config.check_qmp), metavar="PATH", help="QMP socket of the front end")
+    parser.add_argument("--metrics", type=_text(config.parse_address), metavar="ADDR", help="HOST:PORT or unix:PATH")
     parser.add_argument("--poll-us", type=_text(_poll_us), default=config.DEFAULT_POLL_US, metavar="US")
     parser.add_argument(
         "--drain-timeout", type=_text(_seconds), default=config.DEFAULT_DRAIN_TIMEOUT, metavar="SECONDS"
@@ -263,9 +255,7 @@ def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
     )
 
 
-def _device_config(
-    type_name: str, cls: type[Device], arguments: argparse.Namespace, path: str
-) -> DaemonConfig:
+def _device_config(type_name: str, cls: type[Device], arguments: argparse.Namespace, path: str) -> DaemonConfig:
     from hcd.config import DaemonConfig, DeviceSpec
 
     given = vars(arguments)

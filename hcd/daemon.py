@@ -23,7 +23,7 @@ from hcd import plugins, sockets
 from hcd.config import Address, DaemonConfig, DeviceSpec
 from hcd.dataplane.stats import HotText
 from hcd.doorbell import Registry
-from hcd.errors import ConfigError, HcdError
+from hcd.errors import ConfigError, HcdError, PluginError
 from hcd.host import DeviceHost
 from hcd.lanes import Lanes, open_lanes
 from hcd.metrics import cold, server
@@ -61,9 +61,7 @@ class _Daemon:
     failure: HcdError | None = None  # why it could not start
 
 
-def run(
-    config: DaemonConfig, *, inherited: socket.socket | None = None, exit_on_disconnect: bool = False
-) -> None:
+def run(config: DaemonConfig, *, inherited: socket.socket | None = None, exit_on_disconnect: bool = False) -> None:
     """Serve ``config`` until SIGTERM or SIGINT.
 
     ``inherited`` (with exactly one device) is a listening or connected socket to serve it on instead of
@@ -133,6 +131,11 @@ async def _open_device(daemon: _Daemon, stack: AsyncExitStack, lanes: Lanes, spe
         await host.open()
     except (ConfigError, OSError) as exc:
         raise ConfigError(f'device "{spec.name}" ({spec.type}): {exc}') from exc
+    except PluginError:
+        raise
+    except Exception as exc:
+        _log.exception("%s: opening failed", spec.name)
+        raise PluginError(f'device "{spec.name}" ({spec.type}): open() raised {type(exc).__name__}') from exc
     stack.push_async_callback(_close_device, host, drain_timeout + CLOSE_TIMEOUT)
     daemon.hosts.append(host)
 

@@ -148,9 +148,7 @@ def _in_range(option: Option, value: Any) -> bool:
         return False
     if option.kind in ("fd", "size") and value < 0:
         return False
-    return (option.minimum is None or value >= option.minimum) and (
-        option.maximum is None or value <= option.maximum
-    )
+    return (option.minimum is None or value >= option.minimum) and (option.maximum is None or value <= option.maximum)
 
 
 def shown(value: object) -> str:

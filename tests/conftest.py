@@ -110,9 +110,7 @@ def make_distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
     ``make_distribution("name", "1.0", {"type": "module:Class"}, {"module": "source"})``
     """
 
-    def make(
-        name: str, version: str, types: Mapping[str, str], modules: Mapping[str, str] | None = None
-    ) -> Path:
+    def make(name: str, version: str, types: Mapping[str, str], modules: Mapping[str, str] | None = None) -> Path:
         site = tmp_path / f"site-{name}"
         info = site / f"{name}-{version}.dist-info"
         info.mkdir(parents=True)

@@ -63,9 +63,7 @@ class Served(list[tuple[DaemonConfig, socket.socket | None, bool]]):
 def served(monkeypatch: pytest.MonkeyPatch) -> Served:
     calls = Served()
 
-    def run(
-        config: DaemonConfig, *, inherited: socket.socket | None = None, exit_on_disconnect: bool = False
-    ) -> None:
+    def run(config: DaemonConfig, *, inherited: socket.socket | None = None, exit_on_disconnect: bool = False) -> None:
         calls.append((config, inherited, exit_on_disconnect))
 
     monkeypatch.setattr("hcd.daemon.run", run)

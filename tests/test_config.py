@@ -151,9 +151,7 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
         ('[daemon]\nmetrics = "unix:/run/d0.sock"\n' + device(), "socket: is used by [daemon] metrics too"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_named_with_its_place_and_what_was_expected(
-    tmp_path: Path, text: str, expected: str
-) -> None:
+def test_a_mistake_is_named_with_its_place_and_what_was_expected(tmp_path: Path, text: str, expected: str) -> None:
     assert any(expected in line for line in problems(tmp_path, text)), problems(tmp_path, text)
 
 
@@ -287,9 +285,7 @@ _VALUES = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(
-                ["name", "type", "socket", "path", "bus", "qmp", "options", "ram", "metrics", "x"]
-            ),
+            st.sampled_from(["name", "type", "socket", "path", "bus", "qmp", "options", "ram", "metrics", "x"]),
             inner,
             max_size=4,
         )

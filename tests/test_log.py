@@ -53,9 +53,7 @@ def logger(lines: Lines) -> logging.Logger:
     return logger
 
 
-def formatted(
-    journal: bool, level: int, message: str, device: str = "", exc: BaseException | None = None
-) -> str:
+def formatted(journal: bool, level: int, message: str, device: str = "", exc: BaseException | None = None) -> str:
     info = (type(exc), exc, exc.__traceback__) if exc else None
     record = logging.LogRecord("hcd", level, "file", 1, message, (), info)
     if device:
@@ -102,9 +100,7 @@ def test_an_empty_message_is_a_line() -> None:
     assert formatted(True, logging.INFO, "") == "<6>"
 
 
-def test_the_journal_is_recognised_by_device_and_inode(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_journal_is_recognised_by_device_and_inode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open(tmp_path / "journal", "w") as stream:
         status = os.fstat(stream.fileno())
         assert not log.journal_reads(stream)

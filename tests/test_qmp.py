@@ -125,9 +125,7 @@ class FakeQemu:
         if found is None:
             return {"error": {"class": "DeviceNotFound", "desc": "no such object"}}
         if command == "qom-list":
-            listed = [
-                {"name": k, "type": v if str(v).startswith("child<") else "str"} for k, v in found.items()
-            ]
+            listed = [{"name": k, "type": v if str(v).startswith("child<") else "str"} for k, v in found.items()]
             return {"return": listed}
         if arguments["property"] not in found:
             return {"error": {"class": "GenericError", "desc": "no such property"}}

@@ -80,8 +80,7 @@ FAMILIES = (
     Family(
         "hcd_request_bytes_total",
         "counter",
-        "Bytes of completed requests, headers included: from_guest is the readable part, to_guest what "
-        "was written.",
+        "Bytes of completed requests, headers included: from_guest is the readable part, to_guest what was written.",
         (*_QUEUE, "direction"),
         True,
     ),

@@ -56,9 +56,7 @@ def parse_head(data: bytes) -> Head:
         raise BadRequest(HTTPStatus.BAD_REQUEST)
     method, target, version = (part.decode("ascii") for part in parts)
     if version not in ("HTTP/1.1", "HTTP/1.0"):
-        raise BadRequest(
-            HTTPStatus.HTTP_VERSION_NOT_SUPPORTED if version[:5] == "HTTP/" else HTTPStatus.BAD_REQUEST
-        )
+        raise BadRequest(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED if version[:5] == "HTTP/" else HTTPStatus.BAD_REQUEST)
     headers = dict(_field(field) for field in fields)
     if headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
         raise BadRequest(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
@@ -152,9 +150,7 @@ class _Connection:
         await self._send(status, body, keep_alive=head.keep_alive, with_body=head.method != "HEAD")
         return head.keep_alive
 
-    async def _send(
-        self, status: HTTPStatus, body: bytes, *, keep_alive: bool, with_body: bool = True
-    ) -> None:
+    async def _send(self, status: HTTPStatus, body: bytes, *, keep_alive: bool, with_body: bool = True) -> None:
         lines = [
             f"HTTP/1.1 {status.value} {status.phrase}",
             f"Content-Type: {CONTENT_TYPE if status is HTTPStatus.OK else 'text/plain; charset=utf-8'}",

@@ -1,0 +1,119 @@
+"""Sockets of our own: a dead process's file makes room, everything else stays, and only ours is unlinked."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from hcd.errors import ConfigError
+from hcd.sockets import UnixListener, adopt_fd, is_listening, local_path
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "d.sock"
+
+
+def answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
+        try:
+            client.connect(str(path))
+        except OSError:
+            return False
+        return True
+
+
+def test_a_listener_listens_and_leaves_nothing(path: Path) -> None:
+    listener = UnixListener(str(path))
+    assert answers(path)
+    assert is_listening(listener.socket)
+    assert not listener.socket.get_inheritable()
+    listener.close()
+    assert not os.path.lexists(path)
+
+
+def test_the_socket_of_a_dead_process_makes_room(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+        dead.listen()
+    listener = UnixListener(str(path))
+    assert answers(path)
+    listener.close()
+
+
+def test_a_socket_that_somebody_answers_on_stays(path: Path) -> None:
+    first = UnixListener(str(path))
+    with pytest.raises(ConfigError, match="another process does"):
+        UnixListener(str(path))
+    assert answers(path)
+    first.close()
+
+
+def test_a_socket_whose_backlog_is_full_is_in_use(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as busy, socket.socket(socket.AF_UNIX) as waiting:
+        busy.bind(str(path))
+        busy.listen(0)
+        waiting.connect(str(path))
+        with pytest.raises(ConfigError, match="another process does"):
+            UnixListener(str(path))
+        assert path.exists()
+
+
+def test_a_socket_of_another_type_is_left_alone(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.bind(str(path))
+        with pytest.raises(ConfigError, match=r"cannot tell whether .* is in use"):
+            UnixListener(str(path))
+        assert path.exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "link to nothing"])
+def test_what_is_not_a_socket_is_left_alone(path: Path, kind: str) -> None:
+    if kind == "file":
+        path.write_text("precious")
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to("nowhere")
+    with pytest.raises(ConfigError, match="it exists and is not a socket"):
+        UnixListener(str(path))
+    assert os.path.lexists(path)
+
+
+def test_a_directory_that_is_missing_is_said(path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot listen on .*d\.sock: No such file or directory"):
+        UnixListener(str(path / "d.sock"))
+    path.write_text("")
+    with pytest.raises(ConfigError, match="Not a directory"):
+        UnixListener(str(path / "d.sock"))
+
+
+def test_somebody_elses_file_is_not_unlinked_at_the_end(path: Path) -> None:
+    mine = UnixListener(str(path))
+    path.unlink()
+    yours = UnixListener(str(path))
+    mine.close()
+    assert answers(path)
+    yours.close()
+
+
+def test_a_file_that_is_gone_already_is_no_error_at_the_end(path: Path) -> None:
+    listener = UnixListener(str(path))
+    path.unlink()
+    listener.close()
+
+
+def test_the_path_of_an_inherited_socket_is_known(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as bound, socket.socket(socket.AF_UNIX) as abstract:
+        bound.bind(str(path))
+        bound.listen()
+        abstract.bind(f"\0hcd-test-{os.getpid()}")
+        abstract.listen()
+        assert local_path(bound) == str(path)
+        assert local_path(abstract) == f"@hcd-test-{os.getpid()}"
+        with adopt_fd(os.dup(bound.fileno())) as adopted:
+            assert is_listening(adopted)
+            assert local_path(adopted) == str(path)
