@@ -60,6 +60,8 @@ class Backend:
         self.device = host.device
         self.memory = MemoryTable()
         self.features = 0
+        #: eventfd that is signalled when the front end truncates its memory under us
+        self.alarm = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._abandoned: list[MemoryTable] = []  # memory of requests that were given up on while others went on
         self._vrings = [self._make_vring(index, bell) for index, bell in enumerate(host.doorbells)]
 
@@ -96,6 +98,7 @@ class Backend:
     def set_memory(self, table: MemoryTable) -> None:
         """Use ``table`` from now on; rings that run take it over."""
         self.memory = table
+        table.set_alarm(self.alarm)
         for vring in self._vrings:
             vring.queue.set_memory(table)
             self._update(vring)
@@ -204,10 +207,23 @@ class Backend:
         vring.queue.halt()
         self._deactivate(vring)
         vring.queue.take_remote()
+        self._fail_lost(vring.queue)
         if vring.queue.inflight == 0:
             return True
         vring.on_drained.append(on_drained)
         return False
+
+    def _fail_lost(self, queue: Virtqueue) -> None:
+        """Nothing will complete a request that the handler forgot; without this its guest waits for ever."""
+        if lost := queue.lost():
+            queue.stats.handler_errors += len(lost)
+            self.host.rare_log.error((queue.index, "lost"), "queue %d: %s never completed %d requests; they are "
+                                     "failed now", queue.index, type(self.device).__name__, len(lost))
+        for request in lost:
+            request.status = 1
+            self._call_device(lambda request=request: self.device.fail_request(request, 1))  # type: ignore[misc]
+            if not request.completed:
+                request.complete(0)
 
     def finish_stop(self, index: int) -> int:
         """Let the ring go; returns its base. Requests still in flight are given up."""
@@ -280,7 +296,9 @@ class Backend:
             doorbell.on_change = None
         self._call_device(self.device.disconnect)
         for table in (self.memory, *self._abandoned):
+            table.set_alarm(-1)
             table.revoke()
+        _close(self.alarm)
         self.memory = MemoryTable()
         self._abandoned.clear()
 

@@ -7,7 +7,7 @@
  * processor is a SIGSEGV.
  *
  * The handler looks the address up in one process-wide table and maps zero pages there: over the whole region for a
- * truncated one, which is marked poisoned and whose session ends at its next look at the mark; over the one page for
+ * truncated one, which is marked poisoned and whose session hears of it by an eventfd; over the one page for
  * a revoked one. The access is repeated and hits harmless memory. An address that is not ours goes to the handler that
  * was there before.
  *
@@ -30,6 +30,7 @@ typedef struct {
     size_t length;
     int poisoned;
     int revoked;
+    int alarm;                      /* eventfd that hears of poisoning, or -1 */
 } hcd_slot_t;
 
 static hcd_slot_t hcd_slots[HCD_SLOTS];
@@ -54,6 +55,11 @@ static int hcd_heal(int number, hcd_slot_t *slot, uintptr_t base, uintptr_t addr
     if (hcd_map_over((void *)base, slot->length, PROT_READ | PROT_WRITE) != 0)
         return -1;
     __atomic_store_n(&slot->poisoned, 1, __ATOMIC_RELEASE);
+    if (slot->alarm >= 0) {
+        uint64_t one = 1;
+        ssize_t ignored = write(slot->alarm, &one, sizeof(one));
+        (void)ignored;
+    }
     return 0;
 }
 
@@ -113,6 +119,7 @@ static int hcd_slot_take(void *base, size_t length)
         hcd_slots[i].length = length;
         hcd_slots[i].poisoned = 0;
         hcd_slots[i].revoked = 0;
+        hcd_slots[i].alarm = -1;
         __atomic_store_n(&hcd_slots[i].base, (uintptr_t)base, __ATOMIC_RELEASE);
         if (i >= hcd_slots_used)
             __atomic_store_n(&hcd_slots_used, i + 1, __ATOMIC_RELEASE);
@@ -129,6 +136,7 @@ static int hcd_slot_revoke(int slot)
     return hcd_map_over((void *)hcd_slots[slot].base, hcd_slots[slot].length, PROT_NONE);
 }
 
+static void hcd_slot_alarm(int slot, int fd) { __atomic_store_n(&hcd_slots[slot].alarm, fd, __ATOMIC_RELEASE); }
 static int hcd_slot_poisoned(int slot) { return __atomic_load_n(&hcd_slots[slot].poisoned, __ATOMIC_ACQUIRE); }
 
 #endif

@@ -46,6 +46,7 @@ cdef extern from "_faults.h" nogil:
     void hcd_slot_release(int slot)
     int hcd_slot_poisoned(int slot)
     int hcd_slot_revoke(int slot)
+    void hcd_slot_alarm(int slot, int fd)
 
 cdef enum:
     HUGETLBFS_MAGIC = 0x958458f6
@@ -142,6 +143,10 @@ cdef class Region:
             raise OSError(errno, f"{self}: it cannot be mapped again: {os.strerror(errno)}")
         other.place(p, self.length, self.host - self.base)
         return other
+
+    def set_alarm(self, int fd):
+        """Signal eventfd ``fd`` when the region turns out to be truncated; -1: nobody. It must outlive that."""
+        hcd_slot_alarm(self.slot, fd)
 
     @property
     def revoked(self):
@@ -262,6 +267,11 @@ cdef class MemoryTable:
         if len(kept) == len(self.regions):
             raise LookupError(f"no memory region at guest address {guest_addr:#x} of {size:#x} bytes")
         return MemoryTable(kept)
+
+    def set_alarm(self, int fd):
+        """Signal eventfd ``fd`` when some region turns out to be truncated; -1: nobody."""
+        for region in self.regions:
+            region.set_alarm(fd)
 
     def twin(self):
         """A table of second mappings of the same memory; revoking one leaves the other."""

@@ -80,6 +80,7 @@ class Virtqueue:
     #: whose device can take no more just now. False at every start of the queue.
     passive: bool
     def schedule(self) -> None: ...  # ask for a turn although nobody rings
+    def lost(self) -> list[Request]: ...
     def enable_kicks(self) -> bool: ...  # of a passive queue, until its next turn; True: the ring holds requests
     def available(self) -> bool: ...  # the ring holds a request
     def unpop(self, r: Request) -> None: ...  # put back the newest popped request

@@ -579,6 +579,16 @@ cdef class Virtqueue:
             return None
         return <Request>self.current
 
+    def lost(self):
+        """Requests in flight that nobody refers to any more: their handler forgot them. Oldest first."""
+        cdef PyObject *p = self.oldest
+        found = []
+        while p != NULL:
+            if Py_REFCNT(p) == 1 and (<Request>p).state == INFLIGHT:
+                found.append(<Request>p)
+            p = (<Request>p).newer
+        return found
+
     cpdef bint enable_kicks(self) except -1:
         """Ask the driver to ring; returns whether requests came in meanwhile, which it may not ring for."""
         if not self.ring.running:

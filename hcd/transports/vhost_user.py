@@ -172,6 +172,7 @@ class _Session:
         host.log.info("front end connected (pid %s)", self.peer)
         try:
             async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch_memory, self._backend.alarm, nursery.cancel_scope)
                 await self._serve(nursery)
                 nursery.cancel_scope.cancel()
         finally:
@@ -197,6 +198,12 @@ class _Session:
             await self._send_last()
         except OSError as error:
             host.log.warning("connection to the front end failed: %s", error.strerror or error)
+
+    async def _watch_memory(self, alarm: int, session: trio.CancelScope) -> None:
+        """End the session when the front end truncates the memory that it shared."""
+        await trio.lowlevel.wait_readable(alarm)
+        self._protocol_error("it truncated the memory that it shared")
+        session.cancel()
 
     def _protocol_error(self, text: str) -> None:
         self.host.protocol_errors += 1
