@@ -69,9 +69,7 @@ class Guest:
         self.close()
 
     def wait_for(self, key: str, timeout: float = 120) -> str:
-        """The value of ``key`` as soon as the guest has said it (seconds). GuestFailedError if it never
-        does.
-        """
+        """The value of ``key`` as soon as the guest says it (seconds); GuestFailedError if it never does."""
         deadline = time.monotonic() + timeout
         with self._changed:
             while key not in self.values:
@@ -80,18 +78,14 @@ class Guest:
                         self._fatal or f"ended (exit status {self.process.wait()}) before it said {key!r}"
                     )
                 if key != "status" and "status" in self.values:
-                    raise self._failure(
-                        f"finished with status {self.values['status']} and never said {key!r}"
-                    )
+                    raise self._failure(f"finished with status {self.values['status']} and never said {key!r}")
                 left = deadline - time.monotonic()
                 if left <= 0 or not self._changed.wait(left):
                     raise self._failure(f"said no {key!r} within {timeout:g} s")
             return self.values[key]
 
     def wait(self, timeout: float = 120) -> dict[str, str]:
-        """Wait until the job is done and the guest has powered off; what it said. GuestFailedError unless
-        status 0.
-        """
+        """Wait for the job and for the power-off; what the guest said. GuestFailedError unless its status is 0."""
         status = self.wait_for("status", timeout)
         if status != "0":
             raise self._failure(f"its job ended with status {status}")

@@ -106,7 +106,8 @@ def _thread_names(directory: Path) -> list[str]:
 class HcdProcess:
     """``hcd`` with ``arguments``. As a context manager it stops the daemon and checks how it ends.
 
-    ``metrics`` is the unix socket on which the arguments or the configuration make it serve /metrics.
+    ``metrics`` is where the arguments or the configuration make it serve /metrics: a unix socket, or a port
+    of 127.0.0.1.
     """
 
     def __init__(
@@ -114,12 +115,12 @@ class HcdProcess:
         arguments: Sequence[str],
         log: Path,
         *,
-        metrics: Path | None = None,
+        metrics: Path | int | None = None,
         sockets: Sequence[Path] = (),
         pass_fds: Sequence[int] = (),
     ) -> None:
         self.log = log
-        self.metrics_socket = metrics
+        self.metrics_at = metrics
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "hcd", *arguments],
@@ -129,19 +130,21 @@ class HcdProcess:
                 pass_fds=pass_fds,
             )
         try:
-            self._wait_until_listening([*sockets, *([metrics] if metrics else [])])
+            self._wait_until_listening([*sockets, *([] if metrics is None else [metrics])])
         except BaseException:
             self.kill()
             raise
 
     @classmethod
-    def from_config(cls, directory: Path, devices: str, *, daemon: str = "") -> Self:
+    def from_config(cls, directory: Path, devices: str, *, daemon: str = "", metrics_port: int | None = None) -> Self:
         """``hcd run`` with the ``[[device]]`` tables of ``devices``; its files are in ``directory``.
 
         ``{dir}`` in the text stands for the directory. ``daemon`` is more lines for the table ``[daemon]``.
+        Metrics are on ``metrics.sock`` in the directory, or on ``metrics_port`` of 127.0.0.1.
         """
-        metrics = directory / "metrics.sock"
-        head = f'[daemon]\nmetrics = "unix:{metrics}"\n{daemon}\n'
+        metrics = directory / "metrics.sock" if metrics_port is None else metrics_port
+        address = f"unix:{metrics}" if metrics_port is None else f"127.0.0.1:{metrics}"
+        head = f'[daemon]\nmetrics = "{address}"\n{daemon}\n'
         body = devices.replace("{dir}", str(directory))
         config = directory / "hcd.toml"
         config.write_text(head + body)
@@ -165,8 +168,8 @@ class HcdProcess:
 
     def metrics(self) -> Metrics:
         """Scrape it now."""
-        assert self.metrics_socket is not None
-        return Metrics(fetch_unix(self.metrics_socket, "/metrics"))
+        assert self.metrics_at is not None
+        return Metrics(fetch(self.metrics_at, "/metrics"))
 
     def resources(self) -> Resources:
         return Resources(self.process.pid)
@@ -193,7 +196,7 @@ class HcdProcess:
         self.process.kill()
         self.process.wait()
 
-    def _wait_until_listening(self, sockets: Sequence[Path]) -> None:
+    def _wait_until_listening(self, sockets: Sequence[Path | int]) -> None:
         """hcd says nothing that a parent could wait for, so the kernel's socket table is asked."""
         deadline = time.monotonic() + _START_SECONDS
         while not all(is_listening(path) for path in sockets):
@@ -208,19 +211,27 @@ class HcdProcess:
         return HcdFailedError(f"hcd {what} (log: {self.log})\n{tail}")
 
 
-def is_listening(path: Path) -> bool:
-    """Whether some process listens on ``path``. Nothing connects to find out: that would be a front end."""
+def is_listening(where: Path | int) -> bool:
+    """Whether some process listens on a unix socket, or on a port of 127.0.0.1.
+
+    Nothing connects to the unix socket to find out: that would be a front end.
+    """
+    if isinstance(where, int):
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", where)) == 0
     accepting = "00010000"  # __SO_ACCEPTCON in the column "Flags"
     for line in Path("/proc/net/unix").read_text().splitlines():
         words = line.split()
-        if words[-1] == str(path) and words[3] == accepting:
+        if words[-1] == str(where) and words[3] == accepting:
             return True
     return False
 
 
-def fetch_unix(path: Path, url: str) -> str:
-    """The body of an HTTP GET over a unix socket. HcdFailedError for any status but 200."""
-    connection = _UnixConnection(path)
+def fetch(where: Path | int, url: str) -> str:
+    """The body of an HTTP GET (unix socket or port of 127.0.0.1). HcdFailedError unless the status is 200."""
+    connection = (
+        http.client.HTTPConnection("127.0.0.1", where, timeout=10) if isinstance(where, int) else _UnixConnection(where)
+    )
     try:
         connection.request("GET", url)
         response = connection.getresponse()

@@ -32,9 +32,7 @@ def module_order(modules: Path, wanted: Iterable[str]) -> list[Path]:
     know.
     """
     files = {_plain_name(path.name): path for path in modules.rglob("*.ko*")}
-    builtin = {
-        _plain_name(Path(line).name) for line in (modules / "modules.builtin").read_text().splitlines()
-    }
+    builtin = {_plain_name(Path(line).name) for line in (modules / "modules.builtin").read_text().splitlines()}
     order: list[Path] = []
 
     def add(name: str) -> None:
@@ -98,9 +96,7 @@ class Tree:
         self.add_file("/modules/order", lines.encode())
 
     def add_host_tool(self, name: str, package: str) -> None:
-        """Copy a program of the host with its libraries. MissingToolError names ``package`` when it is not
-        there.
-        """
+        """Copy a program of the host with its libraries; MissingToolError names ``package`` if it is absent."""
         found = shutil.which(name, path="/usr/sbin:/usr/bin:/sbin:/bin")
         if found is None:
             raise MissingToolError(f"{name} is missing (Debian package {package})")

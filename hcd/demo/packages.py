@@ -75,9 +75,7 @@ def _locate(arch: str, root: Path) -> GuestFiles:
         raise FileNotFoundError(f"{root}/boot has no kernel; remove {root} and try again")
     release = kernels[-1].name.removeprefix("vmlinuz-")
     modules = _first_existing(root / "lib/modules" / release, root / "usr/lib/modules" / release)
-    return GuestFiles(
-        arch, kernels[-1], modules, _first_existing(root / "bin/busybox", root / "usr/bin/busybox")
-    )
+    return GuestFiles(arch, kernels[-1], modules, _first_existing(root / "bin/busybox", root / "usr/bin/busybox"))
 
 
 def _first_existing(*candidates: Path) -> Path:
@@ -126,9 +124,7 @@ class _Apt:
         (directory / "status").touch()
         mirror = os.environ.get("HCD_DEBIAN_MIRROR", "http://deb.debian.org/debian")
         suite = os.environ.get("HCD_DEBIAN_SUITE", "bookworm")
-        (directory / "sources.list").write_text(
-            f"deb [arch={arch} signed-by={KEYRING}] {mirror} {suite} main\n"
-        )
+        (directory / "sources.list").write_text(f"deb [arch={arch} signed-by={KEYRING}] {mirror} {suite} main\n")
         config = directory / "apt.conf"
         config.write_text(
             f'APT::Architecture "{arch}";\n'

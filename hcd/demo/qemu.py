@@ -40,9 +40,7 @@ _PCI_PROPERTIES = {
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """One machine type of QEMU: the program that has it, its options, the guest's console, modules of its
-    buses.
-    """
+    """One machine type of QEMU: its program and options, the guest's console, modules of its buses."""
 
     arch: str
     program: str
@@ -55,9 +53,7 @@ class Machine:
 MACHINES = {
     "q35": Machine("amd64", "qemu-system-x86_64", "qemu-system-x86", "q35", "ttyS0", ("virtio_pci",)),
     "pc": Machine("amd64", "qemu-system-x86_64", "qemu-system-x86", "pc", "ttyS0", ("virtio_pci",)),
-    "microvm": Machine(
-        "amd64", "qemu-system-x86_64", "qemu-system-x86", "microvm", "ttyS0", ("virtio_mmio",)
-    ),
+    "microvm": Machine("amd64", "qemu-system-x86_64", "qemu-system-x86", "microvm", "ttyS0", ("virtio_mmio",)),
     "s390x": Machine("s390x", "qemu-system-s390x", "qemu-system-misc", "s390-ccw-virtio", "ttysclp0"),
 }
 

@@ -40,9 +40,7 @@ class PortStats:
     sent: int
 
 
-def command(
-    sockets: Sequence[Path | str], prefix: str, *, packed: bool = False, extra: str = ""
-) -> list[str]:
+def command(sockets: Sequence[Path | str], prefix: str, *, packed: bool = False, extra: str = "") -> list[str]:
     """The command line for one virtio-user port per socket. ``extra`` goes behind each device's arguments."""
     program = shutil.which("dpdk-testpmd")
     if program is None:
@@ -86,9 +84,7 @@ def run(
         errors="replace",
         env=environment,
     )
-    reader = threading.Thread(
-        target=_read, args=(process, len(sockets), packets, output, enough), daemon=True
-    )
+    reader = threading.Thread(target=_read, args=(process, len(sockets), packets, output, enough), daemon=True)
     reader.start()
     try:
         enough.wait(timeout)
@@ -114,12 +110,8 @@ def parse(text: str) -> dict[int, PortStats]:
     return stats
 
 
-def _read(
-    process: subprocess.Popen[str], ports: int, packets: int, output: list[str], enough: threading.Event
-) -> None:
-    """Collect the output; set ``enough`` when each port has received ``packets``, or when testpmd has
-    ended.
-    """
+def _read(process: subprocess.Popen[str], ports: int, packets: int, output: list[str], enough: threading.Event) -> None:
+    """Collect the output; set ``enough`` when each port has received ``packets``, or at the end of it."""
     assert process.stdout is not None
     port, received = 0, dict.fromkeys(range(ports), 0)
     with process.stdout as lines:

@@ -23,9 +23,7 @@ _MODULES = Path("/usr/lib/uml/modules")
 
 
 def guest_files() -> GuestFiles:
-    """The installed user-mode kernel, its modules and the host's busybox. MissingToolError names what is
-    absent.
-    """
+    """The installed kernel, its modules, the host's busybox. MissingToolError names what is absent."""
     kernel, busybox = shutil.which("linux.uml"), shutil.which("busybox")
     releases = sorted(_MODULES.glob("*/modules.builtin"))
     if kernel is None or not releases:
