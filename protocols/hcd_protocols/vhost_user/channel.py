@@ -61,9 +61,7 @@ class BackChannel:
         payload = layouts.IOTLB.build(iova=iova, size=0, uaddr=0, perm=perm, type=kind)
         return self._request(_R.IOTLB_MSG, payload, need_reply)
 
-    def host_notifier(
-        self, index: int, size: int, offset: int, has_fd: bool, need_reply: bool = False
-    ) -> bytes:
+    def host_notifier(self, index: int, size: int, offset: int, has_fd: bool, need_reply: bool = False) -> bytes:
         """A page that serves as the doorbell of ring ``index``; without an fd it is taken back."""
         vring = index | (0 if has_fd else NO_FD)
         payload = layouts.VRING_AREA.build(vring=vring, size=size, offset=offset)

@@ -12,6 +12,7 @@ ready before an older one waits for it.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -159,17 +160,10 @@ class BackendConnection:
     def next_event(self) -> events.Event | None:
         """The next event, or None when more bytes are needed. ProtocolError ends the connection for good."""
         self._check_alive()
-        message: Message | None = None
-        try:
-            while message := self._stream.next_message():
-                event = self._handle(message)
-                if event is not None:
-                    return event
-        except ProtocolError as error:
-            if message is not None:
-                self._stream.unclaimed += message.fds
-            self._fail(error, message.header if message else self._pending_header())
-            raise
+        while message := self._next_message():
+            event = self._handle(message)
+            if event is not None:
+                return event
         return None
 
     def take_unclaimed_fds(self) -> list[int]:
@@ -219,9 +213,7 @@ class BackendConnection:
             return
         if len(data) != event.size:
             raise ValueError(f"expected {event.size} bytes of configuration, got {len(data)}")
-        self._answer(
-            event, layouts.CONFIG, offset=event.offset, size=event.size, flags=event.flags, data=data
-        )
+        self._answer(event, layouts.CONFIG, offset=event.offset, size=event.size, flags=event.flags, data=data)
 
     def reply_status(self, event: events.GetStatus, status: int) -> None:
         self._answer(event, layouts.U64, value=status)
@@ -254,9 +246,7 @@ class BackendConnection:
         """The object's fd, which stays the caller's, or None when there is no such object."""
         self._put(event, b"", () if fd is None else (fd,))
 
-    def reply_device_state(
-        self, event: events.SetDeviceStateFd, error: int = 0, fd: int | None = None
-    ) -> None:
+    def reply_device_state(self, event: events.SetDeviceStateFd, error: int = 0, fd: int | None = None) -> None:
         """``error`` 0 to 255, 0 for success; ``fd`` replaces the front end's pipe."""
         value = error | (1 << 8 if fd is None else 0)
         self._answer(event, layouts.U64, fds=() if fd is None else (fd,), value=value)
@@ -269,7 +259,23 @@ class BackendConnection:
 
     # -- inside
 
+    def _next_message(self) -> Message | None:
+        try:
+            return self._stream.next_message()
+        except ProtocolError as error:
+            self._fail(error)
+            raise
+
     def _handle(self, message: Message) -> events.Event | None:
+        try:
+            return self._take(message)
+        except ProtocolError as error:
+            self._stream.unclaimed += message.fds
+            self._fail(error, message.header)
+            raise
+
+    def _take(self, message: Message) -> events.Event | None:
+        """Check ``message``, then act on it. Nothing has changed if it raises."""
         spec = message.header.spec
         request = FrontendRequest(spec.request)
         check_fds(spec, len(message.fds))
@@ -285,9 +291,9 @@ class BackendConnection:
             return None
         self._state.check(event)
         event = self._state.apply(event)
-        if isinstance(event, events.SetProtocolFeatures):
-            # REPLY_ACK may begin, or end, with this very message.
-            event = events.SetProtocolFeatures(event.features, need_reply=self._wants_ack(message.header))
+        if event.need_reply != self._wants_ack(message.header):
+            # REPLY_ACK begins, or ends, with this very message.
+            event = dataclasses.replace(event, need_reply=not event.need_reply)
         if event.need_reply or spec.answer is Answer.REPLY:
             self._slots.append(_Slot(event))
         self._stream.unclaimed += message.fds[len(event.fds_carried) :]
@@ -306,9 +312,7 @@ class BackendConnection:
     def _inside_config(self, event: events.GetConfig) -> bool:
         return event.size > 0 and event.offset + event.size <= self._limits.config_size
 
-    def _answer(
-        self, event: events.Event, layout: Layout, *, fds: tuple[int, ...] = (), **fields: object
-    ) -> None:
+    def _answer(self, event: events.Event, layout: Layout, *, fds: tuple[int, ...] = (), **fields: object) -> None:
         self._put(event, layout.build(**fields), fds)
 
     def _put(self, event: events.Event, payload: bytes, fds: tuple[int, ...] = ()) -> None:
@@ -322,12 +326,6 @@ class BackendConnection:
     def _check_alive(self) -> None:
         if self._error is not None:
             raise ProtocolError(self._error)
-
-    def _pending_header(self) -> Header | None:
-        try:
-            return self._stream.peek_header()
-        except ProtocolError:
-            return None
 
     def _fail(self, error: ProtocolError, header: Header | None = None) -> None:
         self._error = str(error)

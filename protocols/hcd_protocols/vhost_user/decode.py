@@ -45,9 +45,7 @@ def check_fds(spec: RequestSpec, count: int) -> None:
 
 def parse_region(spec: RequestSpec, fields: Mapping[str, Any]) -> events.MemoryRegion:
     """A region whose arithmetic holds: not empty, and no sum of it wraps."""
-    region = events.MemoryRegion(
-        fields["guest_addr"], fields["size"], fields["user_addr"], fields["mmap_offset"]
-    )
+    region = events.MemoryRegion(fields["guest_addr"], fields["size"], fields["user_addr"], fields["mmap_offset"])
     if region.size == 0:
         raise ProtocolError(f"{spec.name}: expected a memory region of at least one byte, got size 0")
     for what, begin, limit in (
@@ -248,12 +246,9 @@ def _device_state(spec: RequestSpec, message: Message, need_reply: bool) -> even
     fields = _parse(spec, message)
     if fields["direction"] > 1 or fields["phase"] != 0:
         raise ProtocolError(
-            f"{spec.name}: expected direction 0 or 1 and phase 0, "
-            f"got {fields['direction']} and {fields['phase']}"
+            f"{spec.name}: expected direction 0 or 1 and phase 0, got {fields['direction']} and {fields['phase']}"
         )
-    return events.SetDeviceStateFd(
-        message.fds[0], fields["direction"], fields["phase"], need_reply=need_reply
-    )
+    return events.SetDeviceStateFd(message.fds[0], fields["direction"], fields["phase"], need_reply=need_reply)
 
 
 #: Requests that become events. The others are answered by the connection, or not supported.

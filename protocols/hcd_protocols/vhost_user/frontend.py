@@ -45,9 +45,7 @@ _REPLY_SIZES: dict[FrontendRequest, tuple[int, ...]] = {
     _R.GET_SHMEM_CONFIG: (2056,),
     _R.SET_LOG_BASE: (0, 8, 16),
 }
-_MAY_CARRY_FD = frozenset(
-    {_R.GET_INFLIGHT_FD, _R.GET_SHARED_OBJECT, _R.SET_DEVICE_STATE_FD, _R.POSTCOPY_ADVISE}
-)
+_MAY_CARRY_FD = frozenset({_R.GET_INFLIGHT_FD, _R.GET_SHARED_OBJECT, _R.SET_DEVICE_STATE_FD, _R.POSTCOPY_ADVISE})
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,13 +159,9 @@ class FrontendConnection:
     def get_max_mem_slots(self) -> None:
         self._send(_R.GET_MAX_MEM_SLOTS)
 
-    def set_mem_table(
-        self, regions: Sequence[MemoryRegion], fds: Sequence[int], *, need_reply: bool = False
-    ) -> None:
+    def set_mem_table(self, regions: Sequence[MemoryRegion], fds: Sequence[int], *, need_reply: bool = False) -> None:
         """The whole table; ``fds[i]`` backs ``regions[i]``."""
-        payload = layouts.MEM_TABLE.build(
-            nregions=len(regions), regions=[_region_fields(region) for region in regions]
-        )
+        payload = layouts.MEM_TABLE.build(nregions=len(regions), regions=[_region_fields(region) for region in regions])
         self._send(_R.SET_MEM_TABLE, payload, tuple(fds), need_reply=need_reply)
 
     def add_mem_reg(self, region: MemoryRegion, fd: int, *, need_reply: bool = False) -> None:
@@ -194,9 +188,7 @@ class FrontendConnection:
         need_reply: bool = False,
     ) -> None:
         """Front-end addresses. Packed: desc is the ring, avail the driver's area, used the device's."""
-        payload = layouts.VRING_ADDR.build(
-            index=index, flags=flags, desc=desc, used=used, avail=avail, log=log
-        )
+        payload = layouts.VRING_ADDR.build(index=index, flags=flags, desc=desc, used=used, avail=avail, log=log)
         self._send(_R.SET_VRING_ADDR, payload, need_reply=need_reply)
 
     def set_vring_base(self, index: int, base: int, *, need_reply: bool = False) -> None:
@@ -257,9 +249,7 @@ class FrontendConnection:
     def set_log_fd(self, fd: int, *, need_reply: bool = False) -> None:
         self._send(_R.SET_LOG_FD, fds=(fd,), need_reply=need_reply)
 
-    def iotlb_msg(
-        self, iova: int, size: int, uaddr: int, perm: int, kind: int, *, need_reply: bool = True
-    ) -> None:
+    def iotlb_msg(self, iova: int, size: int, uaddr: int, perm: int, kind: int, *, need_reply: bool = True) -> None:
         payload = layouts.IOTLB.build(iova=iova, size=size, uaddr=uaddr, perm=perm, type=kind)
         self._send(_R.IOTLB_MSG, payload, need_reply=need_reply)
 
@@ -363,9 +353,7 @@ class FrontendConnection:
         if header.spec.request is not wanted.request:
             raise ProtocolError(f"reply to {header.spec.name}: expected one to {describe(wanted.request)}")
         if header.flags != REPLY_FLAGS:
-            raise ProtocolError(
-                f"reply to {header.spec.name}: expected flags {REPLY_FLAGS:#x}, got {header.flags:#x}"
-            )
+            raise ProtocolError(f"reply to {header.spec.name}: expected flags {REPLY_FLAGS:#x}, got {header.flags:#x}")
         sizes = _reply_sizes(wanted)
         if header.size not in sizes:
             expected = " or ".join(str(size) for size in sizes)
@@ -373,8 +361,7 @@ class FrontendConnection:
         most = 1 if wanted.request in _MAY_CARRY_FD and not wanted.is_ack else 0
         if len(message.fds) > most:
             raise ProtocolError(
-                f"reply to {header.spec.name}: expected at most {most} file descriptors, "
-                f"got {len(message.fds)}"
+                f"reply to {header.spec.name}: expected at most {most} file descriptors, got {len(message.fds)}"
             )
         self._outstanding.popleft()
         reply = Reply(wanted.request, message.payload, message.fds, wanted.is_ack)

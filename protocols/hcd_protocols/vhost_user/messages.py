@@ -301,8 +301,6 @@ def parse_header(data: bytes, table: Mapping[int, RequestSpec], *, reply: bool =
     return Header(spec, flags, size)
 
 
-def build_message(
-    request: FrontendRequest | BackendRequest, payload: bytes = b"", flags: int = VERSION
-) -> bytes:
+def build_message(request: FrontendRequest | BackendRequest, payload: bytes = b"", flags: int = VERSION) -> bytes:
     """The bytes of one message, header and payload."""
     return layouts.HEADER.build(request=int(request), flags=flags, size=len(payload)) + payload

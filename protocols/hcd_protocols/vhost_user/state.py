@@ -82,6 +82,11 @@ class VringState:
     enabled: bool = False
     big_endian: bool = False
 
+    def stop_if_started(self) -> None:
+        """The ring is set up anew; a kick descriptor that came before the rest keeps its meaning."""
+        if self.started:
+            self.kicked = False
+
     def reset(self) -> None:
         self.num, self.base, self.addr = 0, 0, None
         self.kicked = self.enabled = self.big_endian = False
@@ -119,9 +124,7 @@ class SessionState:
             raise ProtocolError(f"{spec.name} needs feature {lacking.name}, which was not offered")
         missing = spec.needs & ~self.protocol_features
         if missing:
-            raise ProtocolError(
-                f"{spec.name} needs protocol feature {missing.name}, which was not negotiated"
-            )
+            raise ProtocolError(f"{spec.name} needs protocol feature {missing.name}, which was not negotiated")
 
     def check(self, event: events.Event) -> None:
         """ProtocolError if ``event`` is illegal now."""
@@ -141,8 +144,7 @@ class SessionState:
         if rule and state not in rule:
             expected = " or ".join(sorted(one.value for one in rule))
             raise ProtocolError(
-                f"{describe(event.request)}: expected ring {event.index} to be {expected}, "
-                f"it is {state.value}"
+                f"{describe(event.request)}: expected ring {event.index} to be {expected}, it is {state.value}"
             )
 
     def _check_features(self, event: events.SetFeatures) -> None:
@@ -179,8 +181,7 @@ class SessionState:
         if not 1 <= num <= most or not (packed or num.bit_count() == 1):
             kind = "1" if packed else "a power of two, 1"
             raise ProtocolError(
-                f"{describe(event.request)}: expected {kind} to {most} entries for ring {event.index}, "
-                f"got {num}"
+                f"{describe(event.request)}: expected {kind} to {most} entries for ring {event.index}, got {num}"
             )
 
     def _check_table(self, event: events.SetMemTable) -> None:
@@ -190,8 +191,7 @@ class SessionState:
     def _check_add(self, event: events.AddMemReg) -> None:
         if len(self.regions) >= self.limits.max_mem_slots:
             raise ProtocolError(
-                f"{describe(event.request)}: expected at most {self.limits.max_mem_slots} memory regions, "
-                f"got one more"
+                f"{describe(event.request)}: expected at most {self.limits.max_mem_slots} memory regions, got one more"
             )
         _check_overlap(event.request, event.region, self.regions)
 
@@ -249,11 +249,13 @@ class SessionState:
 
     def _apply_num(self, event: events.SetVringNum) -> None:
         ring = self.vrings[event.index]
-        ring.num, ring.kicked = event.num, False
+        ring.stop_if_started()
+        ring.num = event.num
 
     def _apply_base(self, event: events.SetVringBase) -> None:
         ring = self.vrings[event.index]
-        ring.base, ring.kicked = event.base, False
+        ring.stop_if_started()
+        ring.base = event.base
 
     def _apply_addr(self, event: events.SetVringAddr) -> None:
         self.vrings[event.index].addr = event
@@ -261,7 +263,7 @@ class SessionState:
     def _apply_get_base(self, event: events.GetVringBase) -> None:
         self.vrings[event.index].kicked = False
 
-    def _apply_kick(self, event: events.SetVringKick) -> None:
+    def _apply_kick(self, event: events.SetVringKick | events.VringKick) -> None:
         self.vrings[event.index].kicked = True
 
     def _apply_enable(self, event: events.SetVringEnable) -> None:
@@ -348,6 +350,7 @@ _APPLY: Mapping[type[events.Event], Callable[[SessionState, Any], events.Event |
         events.GetVringBase: SessionState._apply_get_base,
         events.GetVringBaseSkipDrain: SessionState._apply_get_base,
         events.SetVringKick: SessionState._apply_kick,
+        events.VringKick: SessionState._apply_kick,
         events.SetVringEnable: SessionState._apply_enable,
         events.SetVringEndian: SessionState._apply_endian,
         events.SetStatus: SessionState._apply_status,

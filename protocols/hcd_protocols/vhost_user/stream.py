@@ -112,9 +112,7 @@ class MessageStream:
         if self._ended and self._buffer:
             what = header.spec.name if header else "a header"
             expected = HEADER_SIZE + (header.size if header else 0)
-            raise ProtocolError(
-                f"{what}: expected {expected} bytes, got {len(self._buffer)} and the end of the stream"
-            )
+            raise ProtocolError(f"{what}: expected {expected} bytes, got {len(self._buffer)} and the end of the stream")
 
     def _take_fds(self, header: Header, first: int, end: int) -> tuple[int, ...]:
         """The descriptors of the message in [first, end). Nothing changes if it raises."""
