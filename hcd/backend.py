@@ -201,6 +201,11 @@ class Backend:
 
     # -- stopping
 
+    def is_idle_but_started(self, index: int) -> bool:
+        """Whether ring ``index`` is started and disabled: setting it up again stops it first."""
+        vring = self._vrings[index]
+        return vring.queue.is_started and not vring.enabled
+
     def begin_stop(self, index: int, on_drained: Callable[[], None]) -> bool:
         """Take no more requests from queue ``index``. True: it is empty now; else ``on_drained`` will be called."""
         vring = self._vrings[index]

@@ -332,6 +332,10 @@ class _Session:
         backend = self._backend
         assert backend is not None
         run = self.host.lane.run
+        if isinstance(event, events.SetVringNum | events.SetVringBase) and await run(
+            lambda: backend.is_idle_but_started(event.index)
+        ):
+            await self._stop_ring(event.index)  # user-mode Linux sets a ring up again without GET_VRING_BASE
         match event:
             case events.SetFeatures(features=features):
                 enable_all = not features & TransportFeature.PROTOCOL_FEATURES
