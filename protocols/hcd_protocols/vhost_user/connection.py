@@ -82,7 +82,9 @@ class BackendConnection:
             raise ValueError("protocol features need feature PROTOCOL_FEATURES (bit 30)")
         if not 1 <= num_queues <= 256:
             raise ValueError(f"expected 1 to 256 queues, got {num_queues}")
-        limits = Limits(features, protocol_features, num_queues, max_mem_slots, max_queue_size, config_size)
+        # Plain numbers: the complement of an IntFlag ends at its highest known bit.
+        offered = int(features), int(protocol_features)
+        limits = Limits(*offered, num_queues, max_mem_slots, max_queue_size, config_size)
         self._limits = limits
         self._queue_num = num_queues if queue_num is None else queue_num
         self._state = SessionState(limits)

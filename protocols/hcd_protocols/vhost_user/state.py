@@ -148,13 +148,13 @@ class SessionState:
             )
 
     def _check_features(self, event: events.SetFeatures) -> None:
-        surplus = event.features & ~(self.limits.features | UNFILTERED)
+        surplus = event.features & ~int(self.limits.features | UNFILTERED)
         if surplus:
             raise ProtocolError(
                 f"{describe(event.request)}: expected a part of {self.limits.features:#x}, "
                 f"got {event.features:#x}: {surplus:#x} was not offered"
             )
-        changed = (event.features ^ self.features) & ~TransportFeature.LOG_ALL
+        changed = (event.features ^ self.features) & ~int(TransportFeature.LOG_ALL)
         running = [i for i, ring in enumerate(self.vrings) if ring.state is RingState.RUNNING]
         if changed and running:
             raise ProtocolError(
