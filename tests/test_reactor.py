@@ -1,0 +1,211 @@
+"""The reactor: fds, timers, posts, turns, polling and sleep."""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from collections.abc import Iterator
+
+import pytest
+from rings import Pair, make_pair
+
+from hcd.dataplane.reactor import Reactor, Watch
+from hcd.dataplane.virtqueue import Virtqueue
+
+LIMIT = 5.0
+
+
+class Running:
+    """A reactor on its thread."""
+
+    def __init__(self, poll_us: float = 0, slow_ms: float = 50) -> None:
+        self.reactor = Reactor(poll_us, slow_ms)
+        self.watches: list[Watch] = []
+        self.thread = threading.Thread(target=self.reactor.run)
+        self.thread.start()
+
+    def do(self, call: object) -> None:
+        """Run ``call`` on the reactor's thread, to its end."""
+        done = threading.Event()
+        self.reactor.post(lambda: (call(), done.set()))  # type: ignore[operator]
+        assert done.wait(LIMIT)
+
+    def close(self) -> None:
+        self.reactor.stop()
+        self.thread.join(LIMIT)
+        assert not self.thread.is_alive()
+        self.reactor.close()
+
+
+@pytest.fixture(params=[0, 200], ids=["sleeping", "polling"])
+def running(request: pytest.FixtureRequest) -> Iterator[Running]:
+    made = Running(request.param)
+    yield made
+    made.close()
+
+
+def serve(running: Running, pair: Pair, handler: object) -> int:
+    """Give ``pair`` to the reactor; returns its kick eventfd."""
+    kick = os.eventfd(0, os.EFD_NONBLOCK)
+    queue = pair.queue
+    queue.handler = handler  # type: ignore[assignment]
+
+    def adopt() -> None:
+        queue.own()
+        queue.scheduler = running.reactor
+        queue.set_kick(kick)
+        running.watches.append(running.reactor.watch_kick(queue))
+        running.reactor.schedule(queue)
+
+    running.do(adopt)
+    return kick
+
+
+def test_posts_and_timers(running: Running) -> None:
+    """Posted work runs on the reactor's thread; timers in the order of their time; a cancelled one never."""
+    order: list[str] = []
+    done = threading.Event()
+
+    def arm() -> None:
+        running.reactor.call_later(0.02, lambda: (order.append("later"), done.set()))
+        running.reactor.call_later(0.01, lambda: order.append("sooner"))
+        running.reactor.call_later(0.01, lambda: order.append("never")).cancel()
+
+    running.reactor.post(arm)
+    assert done.wait(LIMIT)
+    assert order == ["sooner", "later"]
+
+
+def test_watches(running: Running) -> None:
+    """A readable fd calls back until the watch is cancelled; a callback that raises stops nothing."""
+    read_end, write_end = os.pipe()
+    got: list[bytes] = []
+    seen = threading.Event()
+    raised: list[Exception] = []
+    running.reactor.on_error = raised.append
+
+    def readable() -> None:
+        got.append(os.read(read_end, 10))
+        seen.set()
+        raise RuntimeError("broken callback")
+
+    watches: list[object] = []
+    running.do(lambda: watches.append(running.reactor.watch(read_end, readable)))
+    for _ in range(2):
+        seen.clear()
+        os.write(write_end, b"x")
+        assert seen.wait(LIMIT)
+    running.do(watches[0].cancel)  # type: ignore[attr-defined]
+    os.write(write_end, b"y")
+    running.do(lambda: None)
+    assert got == [b"x", b"x"]
+    assert [str(e) for e in raised] == ["broken callback"] * 2
+    os.close(read_end)
+    os.close(write_end)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_rings_are_served(running: Running, packed: bool) -> None:
+    """A kick gives the queue a turn; what the handler completes, the driver sees, with an interrupt."""
+    pair = make_pair(packed=packed)
+
+    def handler(queue: Virtqueue) -> None:
+        for request in queue:
+            request.write(request.read())
+            request.complete()
+
+    kick = serve(running, pair, handler)
+    for i in range(100):
+        room = pair.room(1)
+        pair.ring.add([pair.put(bytes([i]))], [room])
+        pair.ring.publish()
+        if pair.ring.kick_needed():
+            os.eventfd_write(kick, 1)
+        while not pair.ring.used():
+            if not pair.ring.enable_interrupts():
+                assert select.select([pair.call_fd], [], [], LIMIT)[0]
+                os.eventfd_read(pair.call_fd)
+        assert pair.memory.read(*room) == bytes([i])
+    running.do(lambda: (running.reactor.forget(pair.queue), pair.close(), running.watches.pop().cancel()))
+    os.close(kick)
+
+
+def test_a_busy_queue_leaves_turns_to_others() -> None:
+    """A turn takes at most its budget, so a queue that always has work does not starve another."""
+    running = Running()
+    busy, other = make_pair(size=256), make_pair(size=256)
+    order: list[str] = []
+    done = threading.Event()
+
+    def take(name: str) -> object:
+        def handler(queue: Virtqueue) -> None:
+            count = 0
+            for request in queue:
+                request.complete()
+                count += 1
+            order.append(f"{name}{count}")
+            if sum(int(entry[1:]) for entry in order) == 400:
+                done.set()
+        return handler
+
+    for pair in (busy, other):
+        buffer = pair.put(b"x")
+        for _ in range(200):
+            pair.ring.add([buffer], [])
+        pair.ring.publish()
+    gate = threading.Event()
+    running.reactor.post(lambda: gate.wait(LIMIT))
+    kicks = []
+    for pair, name in ((busy, "a"), (other, "b")):
+        kick = os.eventfd(0, os.EFD_NONBLOCK)
+        kicks.append(kick)
+        pair.queue.handler = take(name)  # type: ignore[assignment]
+
+        def adopt(pair: Pair = pair, kick: int = kick) -> None:
+            pair.queue.own()
+            pair.queue.scheduler = running.reactor
+            pair.queue.set_kick(kick)
+            running.reactor.watch_kick(pair.queue)
+            running.reactor.schedule(pair.queue)
+
+        running.reactor.post(adopt)
+    gate.set()
+    assert done.wait(LIMIT)
+    assert order == ["a64", "b64", "a64", "b64", "a64", "b64", "a8", "b8"]
+    running.close()
+    for pair, kick in zip((busy, other), kicks, strict=True):
+        pair.close()
+        os.close(kick)
+
+
+def test_a_slow_handler_is_named() -> None:
+    """A turn that takes long delays every device of the process, so somebody is told."""
+    running = Running(slow_ms=1)
+    pair = make_pair()
+    told: list[int] = []
+    heard = threading.Event()
+    running.reactor.on_slow = lambda queue, ns: (told.append(ns), heard.set())  # type: ignore[assignment]
+    pause = threading.Event()
+
+    def handler(queue: Virtqueue) -> None:
+        pause.wait(0.01)
+        for request in queue:
+            request.complete()
+
+    kick = serve(running, pair, handler)
+    os.eventfd_write(kick, 1)
+    assert heard.wait(LIMIT)
+    assert told[0] >= 10_000_000
+    running.close()
+    pair.close()
+    os.close(kick)
+
+
+def test_idle_means_asleep(running: Running) -> None:
+    """Without work the loop stands still: it goes round for what was posted and not more."""
+    running.do(lambda: None)
+    running.do(lambda: None)
+    beats = running.reactor.beats
+    running.do(lambda: None)
+    assert running.reactor.beats - beats <= 3
