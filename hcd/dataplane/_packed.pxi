@@ -111,6 +111,10 @@ cdef inline void packed_ask_kicks(vring_t *r, bint on) noexcept nogil:
         hcd_store16(r.device + 2, 0)
 
 
+cdef inline void packed_ask_next_kick(vring_t *r) noexcept nogil:
+    hcd_store16(r.device + 2, 0)
+
+
 cdef inline void packed_unpop(vring_t *r, uint16_t slots) noexcept nogil:
     if r.last_avail >= slots:
         r.last_avail -= slots

@@ -115,5 +115,20 @@ cdef inline void split_ask_kicks(vring_t *r, bint on) noexcept nogil:
         hcd_store16(r.device + 4 + 8 * r.size, ring16(r, r.last_avail))
 
 
+cdef inline void split_ask_next_kick(vring_t *r) noexcept nogil:
+    """A kick for whatever is added from now on, although the ring holds requests already."""
+    cdef uint16_t seen
+    cdef int i
+    if not r.event_idx:
+        hcd_store16(r.device, 0)
+        return
+    for i in range(8):        # a driver that goes on adding meanwhile has no need to kick: the ring is looked at again
+        seen = hcd_load16(r.driver + 2)
+        hcd_store16(r.device + 4 + 8 * r.size, seen)
+        hcd_fence()
+        if hcd_load16(r.driver + 2) == seen:
+            return
+
+
 cdef inline void split_unpop(vring_t *r) noexcept nogil:
     r.last_avail -= 1

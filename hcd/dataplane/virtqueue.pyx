@@ -593,7 +593,15 @@ cdef class Virtqueue:
         """Ask the driver to ring; returns whether requests came in meanwhile, which it may not ring for."""
         if not self.ring.running:
             return False
-        self.ask_kicks(True)
+        if self.ring.passive:
+            # The event index after the last request taken would pass those that wait: no kick for the next one.
+            if self.ring.packed:
+                packed_ask_next_kick(&self.ring)
+            else:
+                split_ask_next_kick(&self.ring)
+            self.ring.notify = True
+        else:
+            self.ask_kicks(True)
         hcd_fence()
         return ring_has_work(&self.ring)
 
