@@ -170,8 +170,9 @@ async def _bind_metrics(stack: AsyncExitStack, address: Address | None) -> list[
     else:
         try:
             listeners = await trio.open_tcp_listeners(address.port, host=address.host)
-        except OSError as exc:
-            raise ConfigError(f"cannot serve metrics on {address}: {exc.strerror or exc}") from exc
+        except (OSError, UnicodeError) as exc:  # UnicodeError: a host name that cannot be one
+            reason = getattr(exc, "strerror", None) or exc
+            raise ConfigError(f"cannot serve metrics on {address}: {reason}") from exc
         for listener in listeners:
             stack.push_async_callback(listener.aclose)
         address = Address(host=address.host, port=listeners[0].socket.getsockname()[1])

@@ -10,13 +10,18 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
 import pytest
+import trio
+import trio.testing
 from prometheus_client.parser import text_string_to_metric_families
+
+from hcd import daemon
 
 SOURCE = """
 from hcd.device import ConfigError, Device, Option
@@ -47,7 +52,7 @@ GET_FEATURES = struct.pack("<III", 1, 0x1, 0)
 
 
 class Process:
-    """One hcd. Its log is read line by line; ``end`` says how it ended."""
+    """One hcd, for a minute at most. Its log is read line by line; ``end`` says how it ended."""
 
     def __init__(self, site: Path, arguments: tuple[str, ...], fds: tuple[int, ...] = ()) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *sys.path])}
@@ -57,6 +62,12 @@ class Process:
             command, env=environment, pass_fds=fds, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.lines: list[str] = []
+        self.watchdog = threading.Timer(60, self.popen.kill)
+        self.watchdog.start()
+
+    def stop(self) -> None:
+        self.watchdog.cancel()
+        self.popen.kill()
 
     @property
     def stderr(self) -> IO[str]:
@@ -91,7 +102,7 @@ def start(make_distribution: Callable[..., Path]) -> Iterator[Start]:
         def started(*arguments: str, fds: tuple[int, ...] = ()) -> Process:
             process = Process(site, arguments, fds)
             stack.enter_context(process.popen)
-            stack.callback(process.popen.kill)
+            stack.callback(process.stop)
             return process
 
         yield started
@@ -133,8 +144,8 @@ def hung_up(client: socket.socket) -> bool:
         return True
 
 
-def write(tmp_path: Path, daemon: str = "", options: str = "", names: tuple[str, ...] = ("desk",)) -> str:
-    text = f"[daemon]\n{daemon}\n"
+def write(tmp_path: Path, settings: str = "", options: str = "", names: tuple[str, ...] = ("desk",)) -> str:
+    text = f"[daemon]\n{settings}\n"
     for name in names:
         text += f'[[device]]\nname = "{name}"\ntype = "lamp"\nsocket = "{tmp_path}/{name}.sock"\n'
         text += f"[device.options]\n{options}\n"
@@ -301,6 +312,24 @@ def test_a_descriptor_that_was_not_inherited_is_refused(start: Start) -> None:
     assert (status, log) == (1, "hcd: file descriptor 77 is not open\n")
 
 
+# -- defects
+
+
+async def test_what_fails_unexpectedly_is_logged_and_tried_again(
+    caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
+) -> None:
+    outcomes = iter([RuntimeError("a defect"), ExceptionGroup("two", [OSError(), KeyError()]), None])
+
+    async def serve() -> None:
+        outcome = next(outcomes)
+        if outcome is not None:
+            raise outcome
+
+    await daemon._keep_up("desk", serve)
+    assert next(outcomes, "none left") == "none left"
+    assert caplog.text.count("desk: serving failed; trying again") == 2
+
+
 # -- metrics
 
 
@@ -339,3 +368,11 @@ def test_an_address_in_use_ends_the_start(start: Start, tmp_path: Path) -> None:
     assert status == 78
     assert f"cannot serve metrics on 127.0.0.1:{port}: " in log
     assert "ready:" not in log
+
+
+def test_a_host_that_is_none_ends_the_start(start: Start, tmp_path: Path) -> None:
+    host = "x" * 70  # longer than a label may be: refused without asking anybody
+    status, log = start("run", write(tmp_path, f'metrics = "{host}:9847"')).end()
+    assert status == 78
+    assert f"cannot serve metrics on {host}:9847: " in log
+    assert "Traceback" not in log

@@ -356,7 +356,13 @@ async def test_a_connection_that_asks_nothing_is_closed_in_the_end(
     tmp_path: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with serving(tmp_path) as connect:
-        assert await (await connect()).ended()
+        silent, former = await connect(), await connect()
+        started = trio.current_time()
+        assert (await former.ask(b"\r\n\r\n" + GET))[0] == 200, "empty lines may come first"
+        assert await silent.ended()
+        assert trio.current_time() - started == pytest.approx(server.REQUEST_TIMEOUT)
+        assert await former.ended()
+        assert trio.current_time() - started == pytest.approx(server.IDLE_TIMEOUT)
 
 
 async def test_a_scraper_that_does_not_read_is_dropped(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:

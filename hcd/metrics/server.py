@@ -24,8 +24,8 @@ MAX_HEAD = 8192
 MAX_CONNECTIONS = 32
 #: seconds for a request to arrive whole once it has begun, and for an answer to be taken
 REQUEST_TIMEOUT = 10.0
-#: seconds that a connection may wait between requests; scrape intervals are seconds to minutes
-IDLE_TIMEOUT = 300.0
+#: seconds that a connection may wait between requests, once it has asked for something
+IDLE_TIMEOUT = 150.0
 
 _METHODS = ("GET", "HEAD")
 _log = RateLimited(logging.getLogger("hcd.metrics"))
@@ -95,24 +95,23 @@ class _Connection:
 
     async def run(self) -> None:
         keep_alive = True
+        patience = REQUEST_TIMEOUT
         while keep_alive:
-            head = None
-            with trio.move_on_after(IDLE_TIMEOUT):
-                head = await self._read_head()
+            head = await self._read_head(patience)
             if head is None:
                 return
+            patience = IDLE_TIMEOUT
             with trio.move_on_after(REQUEST_TIMEOUT) as scope:
                 keep_alive = await self._answer(head)
             if scope.cancelled_caught:
                 return
 
-    async def _read_head(self) -> Head | BadRequest | None:
-        """The next request; None when the scraper is done, or too slow."""
-        while not self._buffer:
-            data = await self._stream.receive_some(MAX_HEAD)
-            if not data:
-                return None
-            self._buffer += data.lstrip(b"\r\n")  # RFC 9112 2.2: empty lines may stand before a request
+    async def _read_head(self, patience: float) -> Head | BadRequest | None:
+        """The next request; None when the scraper is done, or has asked nothing for ``patience`` seconds."""
+        with trio.move_on_after(patience):
+            await self._begin()
+        if not self._buffer:
+            return None
         with trio.move_on_after(REQUEST_TIMEOUT):
             try:
                 return parse_head(await self._until_blank_line())
@@ -121,6 +120,14 @@ class _Connection:
             except trio.EndOfChannel:
                 return None
         return BadRequest(HTTPStatus.REQUEST_TIMEOUT)
+
+    async def _begin(self) -> None:
+        """Return when a request has begun, or the scraper has hung up."""
+        while not self._buffer:
+            data = await self._stream.receive_some(MAX_HEAD)
+            if not data:
+                return
+            self._buffer += data.lstrip(b"\r\n")  # RFC 9112 2.2: empty lines may stand before a request
 
     async def _until_blank_line(self) -> bytes:
         while (end := self._buffer.find(b"\r\n\r\n")) < 0:
