@@ -18,50 +18,27 @@ answer.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
-import socket
-import struct
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import trio
 
 from hcd.doorbell import Path
+from hcd.qmp_client import QmpClient, QmpError, QmpRefused, connect
 
-__all__ = [
-    "DeviceFacts",
-    "PathAnswer",
-    "QmpClient",
-    "QmpError",
-    "QmpRefused",
-    "ask",
-    "connect",
-    "find_path",
-    "path_of",
-]
+__all__ = ["DeviceFacts", "PathAnswer", "ask", "find_path", "netdev_chardevs", "path_of"]
 
 TIMEOUT = 10.0
 VIRTIO_F_VERSION_1 = 1 << 32
 
-_MAX_LINE = 4 << 20
 _CONTAINERS = ("/machine/peripheral", "/machine/peripheral-anon")
 _CHILD = re.compile(r"child<(.+)>")
 _NETDEV = re.compile(r"^[\s\\]*(?P<id>\S+): .*\bvhost-user\d+ to (?P<label>.+?)\s*$", re.MULTILINE)
 
 Logger = logging.Logger | logging.LoggerAdapter  # type: ignore[type-arg]
-
-
-class QmpError(Exception):
-    """The conversation cannot go on: nobody there, not QMP, hung up."""
-
-
-class QmpRefused(Exception):
-    """QEMU answered one command with an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,89 +131,6 @@ async def ask(qmp_socket: str, listening_path: str) -> DeviceFacts:
         both = " and ".join(f.qom_path for f in found)
         raise QmpError(f"{both} are all connected to {listening_path}, and ring over different paths")
     return found[0]
-
-
-# -- the client
-
-
-class QmpClient:
-    """One conversation: commands out, answers in, events skipped."""
-
-    def __init__(self, stream: trio.SocketStream) -> None:
-        self._stream = stream
-        self._buffer = bytearray()
-
-    async def greet(self) -> None:
-        """Take the greeting and leave negotiation mode."""
-        if "QMP" not in await self._receive():
-            raise QmpError("whoever answers does not speak QMP")
-        await self.execute("qmp_capabilities")
-
-    async def execute(self, command: str, **arguments: str) -> Any:
-        """What ``command`` returns. QmpRefused when QEMU answers with an error."""
-        line = json.dumps({"execute": command, "arguments": arguments}) + "\r\n"
-        try:
-            await self._stream.send_all(line.encode())
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
-            raise QmpError("QEMU hung up") from exc
-        while True:
-            message = await self._receive()
-            if "return" in message:
-                return message["return"]
-            if "error" in message:
-                error = message["error"]
-                description = error.get("desc") if isinstance(error, dict) else error
-                raise QmpRefused(f"{command}: {description}")
-            if "event" not in message:
-                raise QmpError("QEMU sent something that is neither an answer nor an event")
-
-    def peer_directory(self) -> str:
-        """Where QEMU's relative paths start: its working directory; "" where that cannot be seen."""
-        try:
-            raw = self._stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-            return os.readlink(f"/proc/{struct.unpack('3i', raw)[0]}/cwd")
-        except OSError:
-            return ""
-
-    async def _receive(self) -> dict[str, Any]:
-        line = await self._line()
-        try:
-            message = json.loads(line)
-        except (ValueError, RecursionError) as exc:
-            raise QmpError("whoever answers does not speak QMP") from exc
-        if not isinstance(message, dict):
-            raise QmpError("whoever answers does not speak QMP")
-        return message
-
-    async def _line(self) -> bytes:
-        searched = 0
-        while (end := self._buffer.find(b"\n", searched)) < 0:
-            searched = len(self._buffer)
-            if searched > _MAX_LINE:
-                raise QmpError(f"an answer is longer than {_MAX_LINE} bytes")
-            try:
-                data = await self._stream.receive_some(65536)
-            except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
-                raise QmpError("QEMU hung up") from exc
-            if not data:
-                raise QmpError("QEMU hung up")
-            self._buffer += data
-        line = bytes(self._buffer[:end])
-        del self._buffer[: end + 1]
-        return line
-
-
-@asynccontextmanager
-async def connect(path: str) -> AsyncIterator[QmpClient]:
-    """A client that is ready for commands; hangs up at the end."""
-    try:
-        stream = await trio.open_unix_socket(path)
-    except OSError as exc:
-        raise QmpError(f"cannot connect: {exc.strerror or exc}") from exc
-    async with stream:
-        client = QmpClient(stream)
-        await client.greet()
-        yield client
 
 
 # -- the questions
