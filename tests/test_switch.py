@@ -348,6 +348,7 @@ def test_removed_port_is_forgotten_and_its_slot_used_again(guest: MakeGuest, swi
     assert (len(c.received()), len(b.received())) == (1, 0)
     b.send(frame(mac(1), mac(2)))  # into nowhere
     assert a.received() == []
+    assert b.tx.stats.drops == 1
 
 
 def test_port_cannot_be_in_two_switches(switch: Switch) -> None:
@@ -639,6 +640,7 @@ def test_file_that_fails_raises_and_full_one_drops(packet_pair: tuple[int, int])
     with pytest.raises(OSError, match="Bad file descriptor"):
         a.tx.turn(lambda queue: a.port.send(queue, closed))
     os.close(closed)
+    assert a.tx.device.inflight == 0  # the frame is lost, its request is not
     a.close()
 
 
@@ -699,4 +701,17 @@ def test_stream_that_is_full_holds_the_ring_back_and_loses_nothing() -> None:
             received += chunk
     assert received == b"".join(len(each).to_bytes(4, "big") + each for each in frames)
     assert a.tx.stats.requests(0, 0) == 60
+    a.close()
+
+
+@pytest.mark.parametrize("features", [V1, V1 | EVENT, PACKED, PACKED | EVENT])
+def test_kicks_of_a_passive_queue_come_although_buffers_wait(features: int) -> None:
+    """With an event index the driver kicks when it passes a place: that must be behind the buffers that wait."""
+    a = Guest(None, "a", features, buffers=3)
+    gpa = a.memory.alloc(2048)
+    a.rx.device.disable_kicks()
+    a.rx.driver.kicks = 0
+    assert a.rx.device.enable_kicks()
+    a.rx.driver.submit([], [(gpa, 2048)])
+    assert a.rx.driver.kicks == 1
     a.close()

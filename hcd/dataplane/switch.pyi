@@ -30,19 +30,22 @@ class QueuePort(Port):
     def stop(self, queue: Virtqueue) -> None: ...
     @property
     def blocked(self) -> bool: ...  # part of a frame waits for the stream to take it
-    def drain(self, queue: Virtqueue) -> int: ...  # of transmit queue: this turn's frames into the switch
+    # Of a transmit queue: this turn's frames into the switch; outside a switch they are dropped.
+    def drain(self, queue: Virtqueue) -> int: ...
     def inject(self, frame: Buffer) -> None: ...  # into the switch, as if the guest had sent it
-    # Non-blocking fds. ``header`` bytes of virtio header stand before each frame of a packet fd (tap) and are ignored
-    # and zero. OSError when the fd fails.
+    # Non-blocking fds. ``header`` bytes stand before each frame of a packet fd (a tap's virtio header): zero on the way
+    # out, ignored on the way in. Both return how many frames they took, ``receive`` also whether the guest has too few
+    # buffers for another one. OSError when the fd fails; frames that it does not take are drops.
     def send(self, queue: Virtqueue, fd: int, header: int = 0) -> int: ...
     def receive(self, index: int, fd: int, header: int = 0, most: int = 64) -> tuple[int, bool]: ...
     # A stream has the length (u32, big-endian) before each frame. ``send_stream`` keeps what the stream does not take
     # and takes no more frames until ``flush_stream`` is through; ``forget_stream`` gives that up.
     def send_stream(self, queue: Virtqueue, fd: int) -> int: ...
+    def put_stream(self, frame: Buffer, fd: int) -> None: ...  # one frame from elsewhere; ValueError while blocked
     def flush_stream(self, fd: int) -> bool: ...  # False: there is still something to be taken
     def forget_stream(self) -> None: ...
-    # Frames of a stream to the guest: bytes used up, and whether the guest has no buffers for the next one. GuestError
-    # is never raised; ValueError when a length cannot be that of a frame.
+    # Frames of a stream to the guest: bytes used up, and whether the guest has no buffers for the next one. ValueError
+    # when a length cannot be that of a frame.
     def feed(self, data: Buffer) -> tuple[int, bool]: ...
 
 class FramePort(Port):

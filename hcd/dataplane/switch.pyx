@@ -386,6 +386,8 @@ cdef class QueuePort(Port):
             else:
                 if self.switch is not None:
                     self.switch.forward(self, &f, now)
+                else:
+                    queue.stats.c.drops += 1
                 r.finish(0)
         return taken
 
@@ -436,7 +438,7 @@ cdef class QueuePort(Port):
     def send(self, Virtqueue queue not None, int fd, int header=0):
         cdef Request r
         cdef frame_t f
-        cdef int taken = 0
+        cdef int taken = 0, sent
         cdef uint32_t own = header_of(queue.feature_bits)
         if not 0 <= header <= HEADERS:
             raise ValueError(f"a header of {header} bytes")
@@ -451,10 +453,11 @@ cdef class QueuePort(Port):
             if frame_of_request(r, own, &f) != 0:
                 refuse(r)
                 continue
-            if self.write_frame(fd, &f, header, False) != SENT:
-                r.vq.stats.c.drops += 1
-                r.status = 1
-            r.finish(0)
+            sent = LOST
+            try:
+                sent = self.write_frame(fd, &f, header, False)
+            finally:
+                sent_or_lost(r, sent)
         return taken
 
     def receive(self, int index, int fd, int header=0, int most=64):
@@ -499,18 +502,36 @@ cdef class QueuePort(Port):
             if frame_of_request(r, own, &f) != 0:
                 refuse(r)
             else:
-                sent = self.write_frame(fd, &f, 4, True)
+                sent = LOST
+                try:
+                    sent = self.write_frame(fd, &f, 4, True)
+                finally:
+                    if sent != BLOCKED:
+                        sent_or_lost(r, sent)
                 if sent == BLOCKED:
                     queue.unpop(r)
                     self.rest = b""
                     break
-                if sent == LOST:
-                    r.vq.stats.c.drops += 1
-                    r.status = 1
-                r.finish(0)
             queue.budget -= 1
             taken += 1
         return taken
+
+    def put_stream(self, frame, int fd):
+        cdef Py_buffer view
+        cdef iovec whole
+        cdef frame_t f
+        if self.rest is not None:
+            raise ValueError("the stream is blocked")
+        PyObject_GetBuffer(frame, &view, PyBUF_SIMPLE)
+        try:
+            whole.iov_base = view.buf
+            whole.iov_len = view.len
+            if frame_of_bytes(&whole, &f) != 0:
+                raise ValueError(f"a frame of {view.len} bytes; expected {ETHERNET} to {LARGEST}")
+            if self.write_frame(fd, &f, 4, True) == BLOCKED:
+                self.rest = len(frame).to_bytes(4, "big") + bytes(frame)
+        finally:
+            PyBuffer_Release(&view)
 
     def flush_stream(self, int fd):
         cdef ssize_t done
@@ -569,6 +590,13 @@ cdef int write_failed(bint stream) except -100:
     if errno == EFAULT or (not stream and errno in (EAGAIN, ENOBUFS, EIO)):
         return LOST                         # guest memory went away; a full queue, an interface that is down
     raise OSError(errno, os.strerror(errno))
+
+
+cdef int sent_or_lost(Request r, int sent) except -1:
+    if sent != SENT:
+        r.vq.stats.c.drops += 1
+        r.status = 1
+    return r.finish(0)
 
 
 cdef int refuse(Request r) except -1:
