@@ -55,7 +55,7 @@ class BlockFile(BlockStore):
     completes out of order.
 
     ``close`` fails requests that no thread has begun (their status is an I/O error) and waits up to ``timeout`` seconds
-    for those that run. If one hangs for longer, its thread, descriptor and memory stay until the process ends.
+    for those that run. If one hangs for longer, its thread, descriptor and memory stay, and ``close`` can be called again.
     """
 
     def __init__(self, fd: int, size: int = -1, *, read_only: bool = False, workers: int = 4) -> None: ...

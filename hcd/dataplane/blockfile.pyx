@@ -4,8 +4,8 @@
 Theory of operation.
 
 * Nothing that may wait for a disk runs in the lane. A read is tried with preadv2(RWF_NOWAIT) straight into guest memory,
-  with the GIL held: the page cache has it, or the call says so at once. It may also come back short at the edge of what
-  is cached; the worker goes on from there. Files that don't know RWF_NOWAIT (tmpfs) or would wait in spite of it
+  with the GIL held: the page cache has it, or the call says so at once (and starts reading ahead). It may also come back
+  short at the edge of what is cached; the worker goes on from there. Files that don't know RWF_NOWAIT (tmpfs) or would wait in spite of it
   (O_DIRECT) are found out when they are opened.
 * Writes, flushes and the rest always wait for somebody. They are collected while the handler runs and handed to the
   worker (_blockio.h) in one batch by ``submit``; results come back through one eventfd and are completed by ``reap``.
@@ -393,8 +393,8 @@ cdef class BlockFile(BlockStore):
         with nogil:
             ended = hcd_pool_stop(pool, ms)
         self.finish_jobs()
-        self.pool = NULL
-        if ended:
+        if ended and self.pool != NULL:
+            self.pool = NULL
             hcd_pool_free(pool)
             os.close(self.fd)
         return bool(ended)
