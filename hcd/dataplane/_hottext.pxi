@@ -333,7 +333,14 @@ cdef class HotText:
             (<_Counters>self.counters[F_INFLIGHT]).add(device, stats, &stats.c.inflight, labels)
             self.oldest.add(device, stats, &stats.c.oldest, labels)
 
-    cdef int _count(self, str device, str queue, QueueStats stats, int family, str label, str value,
+    def add_interrupt(self, str device, str interrupt, InterruptStats stats):
+        """Export ``stats``; the interrupt's name stands as the queue."""
+        with self.lock:
+            self._count(device, interrupt, stats, F_INTERRUPTS, "outcome", "sent", &stats.sent)
+            self._count(device, interrupt, stats, F_INTERRUPTS, "outcome", "pending", &stats.pending)
+            self._count(device, interrupt, stats, F_INTERRUPTS, "outcome", "absent", &stats.absent)
+
+    cdef int _count(self, str device, str queue, object stats, int family, str label, str value,
                     const uint64_t *counter) except -1:
         labels = _labels(**{"device": device, "queue": queue, label: value})
         return (<_Counters>self.counters[family]).add(device, stats, counter, labels)

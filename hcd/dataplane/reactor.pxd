@@ -1,11 +1,13 @@
 from libc.stdint cimport uint64_t
 
+from hcd.dataplane.bell cimport Bell
 from hcd.dataplane.virtqueue cimport Virtqueue, vring_t
 
 cdef class Watch:
     cdef Reactor reactor
     cdef readonly int fd
     cdef Virtqueue queue      # a kick; None for a plain watch
+    cdef Bell bell            # a raw doorbell
     cdef object callback
     cdef bint live
 
@@ -41,6 +43,8 @@ cdef class Reactor:
     cdef int wake(self) except -1
     cdef int mark(self, Virtqueue q, uint64_t woken, bint by_ring) except -1
     cdef int turn(self, Virtqueue q) except -1
+    cdef int ring(self, Bell bell, uint64_t woken) except -1
+    cdef Watch add(self, int fd, callback, Virtqueue q)
     cdef int rouse(self, Virtqueue q) except -1
     cdef int run_posted(self) except -1
     cdef int run_timers(self) except -1

@@ -10,6 +10,7 @@ Theory of operation.
 * Polling costs a core and saves the kick of the guest and the wake-up of this thread. How long it goes on follows
   what happens: work that came within ``poll_us`` of going idle doubles the window, a longer gap halves it, down to
   nothing. An idle daemon sleeps.
+* A raw doorbell (``Bell``) has no ring to poll: its handler is called as soon as its fd is found readable.
 * Everything that happens to a queue or a watch happens on this thread; ``post`` and ``completions`` are the two
   doors from outside.
 * A handler that raises, raises to ``queue.on_error``; the loop goes on. A handler that takes long delays all devices
@@ -27,6 +28,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
 
 from hcd.dataplane._atomics cimport hcd_flag_load, hcd_flag_store, hcd_now, hcd_relax
+from hcd.dataplane.bell cimport Bell
 from hcd.dataplane.virtqueue cimport Virtqueue, ring_has_work, vring_t
 
 cdef extern from "<sys/epoll.h>" nogil:
@@ -130,11 +132,17 @@ cdef class Reactor:
         """Call ``callback`` whenever ``fd`` is readable or in error. Returns a handle with ``cancel()``."""
         return self.add(fd, callback, None)
 
+    def watch_bell(self, Bell bell not None):
+        """Call the handler of ``bell`` whenever it is rung."""
+        cdef Watch w = self.add(bell.fd, None, None)
+        w.bell = bell
+        return w
+
     def watch_kick(self, Virtqueue q not None):
         """Read the kick eventfd of ``q`` whenever it is rung, and give the queue a turn."""
         return self.add(q.kick_fd, None, q)
 
-    def add(self, int fd, callback, Virtqueue q):
+    cdef Watch add(self, int fd, callback, Virtqueue q):
         cdef Watch w = Watch.__new__(Watch)
         cdef epoll_event event
         w.reactor = self
@@ -269,6 +277,17 @@ cdef class Reactor:
         took = hcd_now() - began
         if took > self.slow_ns and self.on_slow is not None:
             self.on_slow(q, took)
+        return 0
+
+    cdef int ring(self, Bell bell, uint64_t woken) except -1:
+        cdef uint64_t began = hcd_now(), took
+        try:
+            bell.rung(woken)
+        except Exception:
+            log.exception("doorbell %s failed", bell.name)
+        took = hcd_now() - began
+        if took > self.slow_ns and self.on_slow is not None:
+            self.on_slow(bell, took)
         return 0
 
     cdef int flush_dirty(self) except -1:
@@ -411,6 +430,8 @@ cdef class Reactor:
                     self.mark(w.queue, now, True)
                 elif w.queue.ring.running:
                     self.mark(w.queue, now, False)
+            elif w.bell is not None:
+                self.ring(w.bell, now)
             elif w.callback is not None:
                 self.call(w.callback)
             else:

@@ -44,6 +44,11 @@ cdef class DoorbellStats:
     cdef hist_t c_response
     cdef hist_t c_ring
 
+cdef class InterruptStats:
+    cdef public uint64_t sent
+    cdef public uint64_t pending
+    cdef public uint64_t absent
+
 cdef class QueueStats:
     cdef readonly tuple operations
     cdef queue_counts_t c

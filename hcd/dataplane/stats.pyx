@@ -144,6 +144,10 @@ cdef class DoorbellStats:
         hist_merge(&self.c_ring, &other.c_ring)
 
 
+cdef class InterruptStats:
+    """Counters of one interrupt of a doorbell device."""
+
+
 cdef class QueueStats:
     """Counters of one queue of one device, for as long as the device exists."""
 
