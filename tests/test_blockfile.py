@@ -368,6 +368,7 @@ def mistakes(size: int) -> dict[str, BlockRequest]:
     }
 
 
+@pytest.mark.parametrize("ring", [V1], indirect=True, ids=["split"])
 @pytest.mark.parametrize("name", mistakes(1 << 20))
 def test_a_mistake_fails_its_request_alone(disk: Disk, name: str) -> None:
     bad = mistakes(1 << 20)[name]

@@ -7,7 +7,7 @@ Theory of operation.
 * Frames are read straight into receive buffers. Without buffers the fd is not watched: frames wait in the interface's
   queue, where the kernel drops what is too much, and a kick of the receive queue starts it again.
 * With several queue pairs there is one fd for each (IFF_MULTI_QUEUE), and the kernel spreads the flows. An inherited fd
-  is one; its frames go to the first pair.
+  is one; its frames go to the first pair. It must have been opened with IFF_NO_PI.
 * Writing does not wait: what the interface cannot take is dropped, as on any network.
 """
 
@@ -83,8 +83,9 @@ class TapLink(Link):
         self._fds.append(fd)
         try:
             name, flags = IFREQ_FLAGS.unpack(fcntl.ioctl(fd, TUNGETIFF, bytes(IFREQ_FLAGS.size)))
-            if not flags & IFF_TAP or not flags & IFF_NO_PI:
-                raise ConfigError(f"tap-fd {fd}: expected a tap interface without packet information (IFF_NO_PI)")
+            # Packet information cannot be told: TUNGETIFF has another meaning for the bit of IFF_NO_PI (IFF_NOFILTER).
+            if not flags & IFF_TAP:
+                raise ConfigError(f"tap-fd {fd}: expected a tap interface, found a tun interface")
             if flags & IFF_VNET_HDR:
                 fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("i", HEADER))
                 fcntl.ioctl(fd, TUNSETOFFLOAD, 0)
