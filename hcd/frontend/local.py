@@ -172,6 +172,7 @@ class LocalDevice:
         self._features = features
         self._size = size
         self._watches: list[Handle] = []
+        self._closed = False
         self._table = map_memory(self.memory)
         device.open(lane)
         lane.run(lambda: device.connect(features))
@@ -222,7 +223,10 @@ class LocalDevice:
         self.lane.run(stop)
 
     def close(self) -> None:
-        """Stop the queues, end the connection, close the device."""
+        """Stop the queues, end the connection, close the device. Again without harm."""
+        if self._closed:
+            return
+        self._closed = True
         for queue in self.queues:
             self.stop_queue(queue)
         for watch in self._watches:
