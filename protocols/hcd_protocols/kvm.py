@@ -270,6 +270,12 @@ class MpState(_Struct):
     _fields_ = (("mp_state", c_uint32),)
 
 
+class SignalMask(_Struct):
+    """kvm_signal_mask without the set, which follows: ``len`` bytes, 8 for the kernel's sigset_t"""
+
+    _fields_ = (("len", c_uint32),)
+
+
 class DeviceAttr(_Struct):
     """kvm_device_attr: ``addr`` points at the value"""
 
@@ -502,6 +508,7 @@ class Ioctl(enum.IntEnum):
     GET_MSRS = _iowr(0x88, Msrs)
     SET_MSRS = _iow(0x89, Msrs)
     SET_CPUID2 = _iow(0x90, Cpuid2)
+    SET_SIGNAL_MASK = _iow(0x8B, SignalMask)
     GET_MP_STATE = _ior(0x98, MpState)
     SET_MP_STATE = _iow(0x99, MpState)
     ENABLE_CAP = _iow(0xA3, EnableCap)
