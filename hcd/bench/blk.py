@@ -1,0 +1,133 @@
+"""``hcd bench blk``: block requests against any vhost-user-blk back end."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from hcd.bench.load import MIX, READ, WRITE_ALL, BlkLoad
+from hcd.bench.peer import Peer
+from hcd.errors import ConfigError
+from hcd.frontend.blk import BLOCK_FEATURES, read_config
+from hcd.frontend.client import Frontend
+from hcd_protocols.virtio.features import BlkFeature
+
+__all__ = ["BlkCase", "BlkResult", "run"]
+
+RW = {"read": READ, "write": WRITE_ALL, "mix": MIX}
+SECTOR = 512
+#: before the measurement, so that caches are hot and the back end's polling has found its pace (seconds)
+WARM_UP = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class BlkCase:
+    """What to load with. ``size`` and ``span`` in bytes; ``span`` 0 is the whole disk."""
+
+    socket: str
+    depth: int = 32
+    queues: int = 1
+    size: int = 4096
+    rw: str = "read"
+    span: int = 0
+    seconds: float = 3.0
+    ring_size: int = 0
+    packed: bool = False
+    event_idx: bool = True
+    poll: bool = False
+    verify: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BlkResult:
+    """What came out. Latencies in seconds; ``cpu_per_million`` the back end's processor seconds per million
+    requests, nan where its process cannot be looked at."""
+
+    requests: int
+    seconds: float
+    per_second: float
+    p50: float
+    p99: float
+    p999: float
+    kicks_per_request: float
+    calls_per_request: float
+    errors: int
+    mismatches: int
+    cpu_per_million: float
+    peak_memory: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def ring_size(case: BlkCase) -> int:
+    """Room for three descriptors a request; at least QEMU's default of 128."""
+    if case.ring_size:
+        return case.ring_size
+    size = 128
+    while size < 3 * case.depth:
+        size *= 2
+    return size
+
+
+def run(case: BlkCase) -> BlkResult:
+    """Load the back end at ``case.socket``. BackendError and TimeoutError when it fails; ConfigError for a case
+    that it cannot take."""
+    size = ring_size(case)
+    memory_size = (4 << 20) + case.queues * (case.depth * (case.size + 8192) + size * 64)
+    with Frontend.open(
+        case.socket,
+        queues=case.queues,
+        size=size,
+        memory_size=memory_size,
+        packed=case.packed,
+        event_idx=case.event_idx,
+        device=int(BLOCK_FEATURES),
+    ) as frontend:
+        return _load(case, frontend)
+
+
+def _load(case: BlkCase, frontend: Frontend) -> BlkResult:
+    config = read_config(frontend)
+    disk = config.capacity * SECTOR
+    span = min(case.span or disk, disk) // case.size * case.size
+    if span == 0:
+        raise ConfigError(f"the disk has {disk} bytes: too small for requests of {case.size}")
+    if case.rw != "read" and frontend.features & BlkFeature.RO:
+        raise ConfigError("the disk is read-only")
+    peer = Peer(frontend.link.sock)
+    queues = [frontend.queues[i] for i in range(case.queues)]
+    load = BlkLoad(queues, case.depth, case.size, span, RW[case.rw], case.poll, case.verify)
+    if case.verify:
+        load.sweep(WRITE_ALL)
+    load.run(min(WARM_UP, case.seconds))
+    load.forget()
+    before = peer.cpu_seconds()
+    load.run(case.seconds)
+    cpu = peer.cpu_seconds() - before
+    result = _result(case, load, cpu, peer.peak_memory())
+    if case.verify:
+        load.sweep(READ)
+        counts = load.counts()
+        result = dataclasses.replace(result, errors=counts["errors"], mismatches=counts["mismatches"])
+    return result
+
+
+def _result(case: BlkCase, load: BlkLoad, cpu: float, memory: int) -> BlkResult:
+    counts, latency = load.counts(), load.latency()
+    requests = counts["requests"] or 1
+    return BlkResult(
+        requests=counts["requests"],
+        seconds=case.seconds,
+        per_second=counts["requests"] / case.seconds,
+        p50=latency.quantile(0.5) / 1e9,
+        p99=latency.quantile(0.99) / 1e9,
+        p999=latency.quantile(0.999) / 1e9,
+        kicks_per_request=counts["kicks"] / requests,
+        calls_per_request=counts["calls"] / requests,
+        errors=counts["errors"],
+        mismatches=counts["mismatches"],
+        cpu_per_million=cpu / requests * 1e6,
+        peak_memory=memory,
+    )
