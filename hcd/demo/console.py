@@ -6,10 +6,13 @@ order; ``status`` comes last. One thread per guest reads; callers wait on a cond
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -56,6 +59,7 @@ class Guest:
             stderr=subprocess.STDOUT,
             pass_fds=pass_fds,
             cwd=cwd,
+            start_new_session=True,
         )
         self._reader = threading.Thread(target=self._read, name=f"console of {name}", daemon=True)
         self._reader.start()
@@ -68,7 +72,7 @@ class Guest:
     ) -> None:
         self.close()
 
-    def wait_for(self, key: str, timeout: float = 120) -> str:
+    def wait_for(self, key: str, timeout: float = 90) -> str:
         """The value of ``key`` as soon as the guest says it (seconds); GuestFailedError if it never does."""
         deadline = time.monotonic() + timeout
         with self._changed:
@@ -84,7 +88,7 @@ class Guest:
                     raise self._failure(f"said no {key!r} within {timeout:g} s")
             return self.values[key]
 
-    def wait(self, timeout: float = 120) -> dict[str, str]:
+    def wait(self, timeout: float = 90) -> dict[str, str]:
         """Wait for the job and for the power-off; what the guest said. GuestFailedError unless its status is 0."""
         status = self.wait_for("status", timeout)
         if status != "0":
@@ -96,7 +100,7 @@ class Guest:
         return dict(self.values)
 
     def close(self) -> None:
-        """End the process if it runs, and the reader. Harmless when repeated."""
+        """End the process if it runs, its children and the reader. Harmless when repeated."""
         if self.process.poll() is None:
             self.process.terminate()
             try:
@@ -104,6 +108,9 @@ class Guest:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+        # User-mode Linux that dies early leaves the processes in which its guest's programs ran.
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self._reader.join()
 
     def _failure(self, what: str) -> GuestFailedError:
