@@ -18,11 +18,12 @@ from typing import Any, Protocol, TypeVar
 
 import trio
 
+from hcd.dataplane.bell import Bell
 from hcd.dataplane.reactor import Reactor
 from hcd.dataplane.virtqueue import Virtqueue
-from hcd.device import Device, Handle
+from hcd.device import DeviceBase, Handle
 
-__all__ = ["AsyncVirtqueue", "Lanes", "QueueLane", "ReactorLane", "TrioLane", "open_lanes"]
+__all__ = ["AsyncVirtqueue", "BellHandle", "Lanes", "QueueLane", "ReactorLane", "TrioLane", "open_lanes"]
 
 T = TypeVar("T")
 
@@ -38,11 +39,22 @@ class AsyncVirtqueue(Virtqueue):
 
     async def wait(self) -> None:
         """Return when the ring may hold requests. A checkpoint."""
-        if not self.available() and not self.enable_kicks():
+        asleep = not self.enable_kicks() if self.passive else not self.available() and not self.enable_kicks()
+        if asleep:
             self.ready = trio.Event()
             await self.ready.wait()
         else:
             await trio.lowlevel.checkpoint()
+
+
+class BellHandle(Protocol):
+    """A raw doorbell that a lane serves."""
+
+    def cancel(self) -> None:
+        """Stop serving it; on the lane's thread. Rings that nobody took stay in its eventfd."""
+
+    async def finish(self) -> None:
+        """Hand over the rings that are there, wait for the handler, stop serving it; in trio."""
 
 
 class QueueLane(Protocol):
@@ -74,6 +86,28 @@ class QueueLane(Protocol):
 
     def forget(self, queue: Virtqueue) -> None:
         """``queue`` is stopped."""
+
+    def watch_bell(self, bell: Bell) -> BellHandle:
+        """Call the handler of ``bell`` whenever it is rung. Until it is cancelled or finished its fd stays open."""
+
+
+class _ReactorBell:
+    """A raw doorbell in the reactor."""
+
+    def __init__(self, lane: ReactorLane, bell: Bell) -> None:
+        self._lane = lane
+        self._bell = bell
+        self._watch = lane.reactor.watch_bell(bell)
+
+    def cancel(self) -> None:
+        self._watch.cancel()
+
+    async def finish(self) -> None:
+        def last() -> None:
+            self._bell.handle()
+            self._watch.cancel()
+
+        await self._lane.run(last)
 
 
 class ReactorLane:
@@ -115,6 +149,9 @@ class ReactorLane:
         queue.own()
         queue.scheduler = self.reactor
 
+    def watch_bell(self, bell: Bell) -> BellHandle:
+        return _ReactorBell(self, bell)
+
 
 class _TaskHandle:
     """A watch, timer or queue of the trio lane: a task that can be cancelled."""
@@ -128,6 +165,48 @@ class _TaskHandle:
         if self._fd >= 0:  # the fd may be closed as soon as this returns
             trio.lowlevel.notify_closing(self._fd)
             self._fd = -1
+
+
+class _TrioBell:
+    """A raw doorbell in trio: one task, which waits for rings and runs the handler."""
+
+    def __init__(self, bell: Bell) -> None:
+        self._bell = bell
+        self._task = trio.CancelScope()
+        self._waiting = trio.CancelScope()
+        self._ending = False
+        self._over = trio.Event()
+
+    def cancel(self) -> None:
+        self._task.cancel()
+        trio.lowlevel.notify_closing(self._bell.fd)
+
+    async def finish(self) -> None:
+        self._ending = True
+        self._waiting.cancel()  # not the handler
+        await self._over.wait()
+
+    async def run(self) -> None:
+        try:
+            with self._task, suppress(trio.ClosedResourceError):
+                while not self._ending:
+                    with trio.CancelScope() as self._waiting:
+                        await trio.lowlevel.wait_readable(self._bell.fd)
+                    await self._handle()
+        finally:
+            self._over.set()
+
+    async def _handle(self) -> None:
+        bell = self._bell
+        try:
+            if count := bell.take():
+                bell.enter()
+                assert bell.handler is not None
+                await bell.handler(bell, count)
+        except Exception as error:
+            if bell.on_error is None:
+                raise
+            bell.on_error(bell, error)
 
 
 class TrioLane:
@@ -192,6 +271,11 @@ class TrioLane:
         assert isinstance(queue, AsyncVirtqueue)
         queue.ready.set()
 
+    def watch_bell(self, bell: Bell) -> BellHandle:
+        served = _TrioBell(bell)
+        self._nursery.start_soon(served.run)
+        return served
+
     def forget(self, queue: Virtqueue) -> None:
         if handle := self._tasks.pop(queue, None):
             handle.cancel()
@@ -221,6 +305,9 @@ class TrioLane:
                         queue.on_error(queue, error)
                     queue.end_turn()
                     await trio.lowlevel.checkpoint()
+                    if queue.passive:
+                        queue.enable_kicks()
+                        break
                     if not queue.available() and not queue.enable_kicks():
                         break
 
@@ -239,8 +326,8 @@ class Lanes:
     reactor: ReactorLane
     trio: TrioLane
 
-    def of(self, device: Device) -> QueueLane:
-        """The lane that ``device`` belongs to, by the colour of its ``process``."""
+    def of(self, device: DeviceBase) -> QueueLane:
+        """The lane that ``device`` belongs to, by the colour of its handler."""
         return self.trio if device.is_async() else self.reactor
 
 

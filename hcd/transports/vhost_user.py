@@ -17,9 +17,7 @@ from __future__ import annotations
 import array
 import fcntl
 import os
-import select
 import socket
-import struct
 import termios
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -35,6 +33,7 @@ from hcd.dataplane.memory import MemoryTable, Region
 from hcd.doorbell import Path, PathSource
 from hcd.errors import DeviceError, ProtocolError
 from hcd.host import DeviceHost
+from hcd.transports.accept import accept_one_at_a_time, hung_up, peer_pid
 
 __all__ = ["offered_features", "offered_protocol_features", "serve", "serve_connected"]
 
@@ -43,10 +42,10 @@ HEADER_SIZE = 12
 MAX_FDS = 32
 #: how often (seconds) a message that came in part is looked at again
 PARTIAL_PAUSE = 0.005
-#: after an accept that failed for want of fds or memory (seconds)
-ACCEPT_PAUSE = 0.1
 #: QEMU answers QMP only once its machine is built, which may take as long as other devices of it take
 QMP_ATTEMPTS = 3
+#: QEMU may open its QMP socket after it connects here (seconds)
+QMP_PAUSE = 2.0
 
 
 def offered_features(host: DeviceHost) -> int:
@@ -85,35 +84,14 @@ async def serve(host: DeviceHost, listener: socket.socket, *, exit_on_disconnect
 
     ``exit_on_disconnect``: return when the first session has ended.
     """
-    accepting = trio.socket.from_stdlib_socket(listener)
-    async with trio.open_nursery() as nursery:
-        session: _Session | None = None
-        while True:
-            try:
-                sock, _ = await accepting.accept()
-            except OSError as error:
-                if listener.fileno() < 0:
-                    raise
-                host.rare_log.warning(error.errno, "cannot accept a front end: %s", error.strerror)
-                await trio.sleep(ACCEPT_PAUSE)
-                continue
-            if session is not None and not session.over.is_set():
-                if not session.hung_up():
-                    host.rare_log.warning("a second front end", "a second front end was refused: one is connected "
-                                          "already (pid %s)", session.peer)
-                    sock.close()
-                    continue
-                with sock:
-                    await session.over.wait()
-                    sock = sock.dup()
-            session = _Session(host, sock, qmp_path=_bound_path(listener) or host.spec.socket)
-            nursery.start_soon(_run_session, session, nursery if exit_on_disconnect else None)
-
-
-async def _run_session(session: _Session, ends: trio.Nursery | None) -> None:
-    await session.run()
-    if ends is not None:
-        ends.cancel_scope.cancel()
+    qmp_path = _bound_path(listener) or host.spec.socket
+    await accept_one_at_a_time(
+        host,
+        listener,
+        lambda sock: _Session(host, sock, qmp_path=qmp_path),
+        what="front end",
+        exit_on_disconnect=exit_on_disconnect,
+    )
 
 
 async def serve_connected(host: DeviceHost, sock: socket.socket) -> None:
@@ -143,7 +121,7 @@ class _Session:
     def __init__(self, host: DeviceHost, sock: trio.socket.SocketType, *, qmp_path: str) -> None:
         self.host = host
         self.over = trio.Event()
-        self.peer = _peer_pid(sock)
+        self.peer = peer_pid(sock)
         self._sock = sock
         self._qmp_path = qmp_path
         self._told_migration = False
@@ -160,7 +138,7 @@ class _Session:
 
     def hung_up(self) -> bool:
         """Whether the front end closed its end, even if hcd has not come round to it yet."""
-        return _hung_up(self._sock.fileno())
+        return hung_up(self._sock.fileno())
 
     # -- life
 
@@ -451,7 +429,9 @@ class _Session:
         assert host.spec.qmp is not None
         answer: qmp.PathAnswer | None = None
         with scope:
-            for _ in range(QMP_ATTEMPTS):
+            for attempt in range(QMP_ATTEMPTS):
+                if attempt:
+                    await trio.sleep(QMP_PAUSE)
                 answer = await qmp.find_path(host.spec.qmp, self._qmp_path, features=features, log=host.log)
                 if answer is not None:
                     break
@@ -517,21 +497,3 @@ def _map(region: events.MemoryRegion, fd: int) -> Region:
 def _discard(fds: Iterable[int]) -> None:
     for fd in fds:
         os.close(fd)
-
-
-def _hung_up(fd: int) -> bool:
-    if fd < 0:
-        return True
-    poll = select.poll()
-    poll.register(fd, select.POLLRDHUP)
-    return any(flags & (select.POLLRDHUP | select.POLLHUP | select.POLLERR) for _, flags in poll.poll(0))
-
-
-def _peer_pid(sock: trio.socket.SocketType) -> int | str:
-    """The process at the other end when it connected (unix(7), SO_PEERCRED); "?" where the kernel does not say."""
-    try:
-        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    except OSError:
-        return "?"
-    pid, _, _ = struct.unpack("3i", credentials)
-    return pid or "?"
