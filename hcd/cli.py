@@ -19,7 +19,7 @@ from hcd.errors import ConfigError, HcdError, PluginError
 
 if TYPE_CHECKING:
     from hcd.config import DaemonConfig, DeviceSpec
-    from hcd.device import Device, Option
+    from hcd.device import DeviceBase, Option
 
 __all__ = ["main"]
 
@@ -185,7 +185,8 @@ def _device(argv: Sequence[str]) -> int:
     cls = plugins.load(type_name)
     arguments = _device_parser(type_name, cls).parse_args(argv[1:])
     log.setup(arguments.log_level)
-    inherited = sockets.adopt_fd(arguments.fd) if arguments.fd is not None else None
+    kind = sockets.KINDS[cls.transport]
+    inherited = sockets.adopt_fd(arguments.fd, kind) if arguments.fd is not None else None
     path = arguments.socket_path if inherited is None else sockets.local_path(inherited)
     from hcd import daemon  # trio, lanes and all: only now that there is something to run
 
@@ -199,10 +200,14 @@ def _device(argv: Sequence[str]) -> int:
 
 def _print_capabilities(type_name: str) -> int:
     from hcd import plugins
+    from hcd.device import Device
 
     cls = plugins.load(type_name)
-    capabilities: dict[str, Any] = {"type": cls.vhost_user_type} if cls.vhost_user_type else {}
-    capabilities["features"] = list(cls.vhost_user_features)
+    capabilities: dict[str, Any] = {"features": []}
+    if issubclass(cls, Device):
+        if cls.vhost_user_type:
+            capabilities = {"type": cls.vhost_user_type}
+        capabilities["features"] = list(cls.vhost_user_features)
     print(json.dumps(capabilities))
     return 0
 
@@ -217,7 +222,7 @@ def _device_help(argv: Sequence[str]) -> int:
     return _fail("a device type must follow: hcd device TYPE ... (hcd devices lists them)", EX_USAGE)
 
 
-def _device_parser(type_name: str, cls: type[Device]) -> _Parser:
+def _device_parser(type_name: str, cls: type[DeviceBase]) -> _Parser:
     from hcd import config
 
     parser = _Parser(prog=f"hcd device {type_name}", description=cls.description, allow_abbrev=False)
@@ -255,7 +260,7 @@ def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
     )
 
 
-def _device_config(type_name: str, cls: type[Device], arguments: argparse.Namespace, path: str) -> DaemonConfig:
+def _device_config(type_name: str, cls: type[DeviceBase], arguments: argparse.Namespace, path: str) -> DaemonConfig:
     from hcd.config import DaemonConfig, DeviceSpec
 
     given = vars(arguments)

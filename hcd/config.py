@@ -29,7 +29,7 @@ from typing import Any
 
 from hcd import options as opt
 from hcd import plugins
-from hcd.device import Device, Option
+from hcd.device import DeviceBase, Option
 from hcd.doorbell import Path
 from hcd.errors import ConfigError, PluginError
 
@@ -104,7 +104,7 @@ class ConfigProblems(ConfigError):
         self.problems = tuple(problems)
 
 
-def load(file: str, find_type: Callable[[str], type[Device]] = plugins.load) -> DaemonConfig:
+def load(file: str, find_type: Callable[[str], type[DeviceBase]] = plugins.load) -> DaemonConfig:
     """Read and check ``file``; imports the types that it uses. ConfigProblems names every problem."""
     try:
         with open(file, "rb") as stream:
@@ -119,7 +119,7 @@ def load(file: str, find_type: Callable[[str], type[Device]] = plugins.load) -> 
 
 
 def parse(
-    document: Mapping[str, Any], file: str, find_type: Callable[[str], type[Device]] = plugins.load
+    document: Mapping[str, Any], file: str, find_type: Callable[[str], type[DeviceBase]] = plugins.load
 ) -> DaemonConfig:
     """Check a parsed TOML document. ``file`` stands in the messages."""
     return _Reader(file, find_type).read(document)
@@ -179,7 +179,7 @@ def _unix_path(text: str) -> str:
 class _Reader:
     """Walks one document and collects problems; values that are wrong become None and the walk goes on."""
 
-    def __init__(self, file: str, find_type: Callable[[str], type[Device]]) -> None:
+    def __init__(self, file: str, find_type: Callable[[str], type[DeviceBase]]) -> None:
         self.file = file
         self.find_type = find_type
         self.problems: list[str] = []

@@ -16,18 +16,21 @@ import sys
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
 
 import trio
 
 from hcd import plugins, sockets
 from hcd.config import Address, DaemonConfig, DeviceSpec
 from hcd.dataplane.stats import HotText
+from hcd.device import Device, DeviceBase, DoorbellDevice
 from hcd.doorbell import Registry
+from hcd.doorbell_host import DoorbellHost
 from hcd.errors import ConfigError, HcdError, PluginError
-from hcd.host import DeviceHost
+from hcd.host import DeviceHost, HostBase
 from hcd.lanes import Lanes, open_lanes
 from hcd.metrics import cold, server
-from hcd.transports import vhost_user
+from hcd.transports import kvm, vhost_user
 
 __all__ = ["run"]
 
@@ -45,7 +48,7 @@ _log = logging.getLogger("hcd.daemon")
 class _Served:
     """A device and the socket that it is served on."""
 
-    host: DeviceHost
+    host: HostBase
     socket: socket.socket
     connected: bool = False  # the socket is a connection already
 
@@ -57,7 +60,7 @@ class _Daemon:
     config: DaemonConfig
     registry: Registry = field(default_factory=Registry)
     hot: HotText = field(default_factory=HotText)
-    hosts: list[DeviceHost] = field(default_factory=list)
+    hosts: list[HostBase] = field(default_factory=list)
     failure: HcdError | None = None  # why it could not start
 
 
@@ -125,9 +128,7 @@ async def _open_device(daemon: _Daemon, stack: AsyncExitStack, lanes: Lanes, spe
     drain_timeout = daemon.config.drain_timeout
     try:
         device = plugins.create(spec.type, spec.name, spec.options)
-        host = DeviceHost(
-            spec, device, lanes=lanes, registry=daemon.registry, hot=daemon.hot, drain_timeout=drain_timeout
-        )
+        host = _make_host(daemon, spec, device, lanes)
         await host.open()
     except (ConfigError, OSError) as exc:
         raise ConfigError(f'device "{spec.name}" ({spec.type}): {exc}') from exc
@@ -140,7 +141,15 @@ async def _open_device(daemon: _Daemon, stack: AsyncExitStack, lanes: Lanes, spe
     daemon.hosts.append(host)
 
 
-async def _close_device(host: DeviceHost, timeout: float) -> None:
+def _make_host(daemon: _Daemon, spec: DeviceSpec, device: DeviceBase, lanes: Lanes) -> HostBase:
+    registry, hot, timeout = daemon.registry, daemon.hot, daemon.config.drain_timeout
+    if isinstance(device, DoorbellDevice):
+        return DoorbellHost(spec, device, lanes=lanes, registry=registry, hot=hot, drain_timeout=timeout)
+    assert isinstance(device, Device)  # plugins.load lets nothing else through
+    return DeviceHost(spec, device, lanes=lanes, registry=registry, hot=hot, drain_timeout=timeout)
+
+
+async def _close_device(host: HostBase, timeout: float) -> None:
     """Close even while being cancelled, but not for ever."""
     with trio.move_on_after(timeout, shield=True) as scope:
         try:
@@ -151,11 +160,11 @@ async def _close_device(host: DeviceHost, timeout: float) -> None:
         _log.error("%s: did not close within %g s", host.spec.name, timeout)
 
 
-def _bind(stack: AsyncExitStack, host: DeviceHost, inherited: socket.socket | None) -> _Served:
+def _bind(stack: AsyncExitStack, host: HostBase, inherited: socket.socket | None) -> _Served:
     if inherited is not None:
         stack.callback(inherited.close)
         return _Served(host, inherited, connected=not sockets.is_listening(inherited))
-    listener = sockets.UnixListener(host.spec.socket)
+    listener = sockets.UnixListener(host.spec.socket, sockets.KINDS[host.transport])
     stack.callback(listener.close)
     return _Served(host, listener.socket)
 
@@ -181,14 +190,20 @@ async def _bind_metrics(stack: AsyncExitStack, address: Address | None) -> list[
 
 
 async def _serve_one(served: _Served, exit_on_disconnect: bool) -> None:
-    host = served.host
+    host, sock = served.host, served.socket
+    connected: Callable[[], Awaitable[None]]
+    serve: Callable[[], Awaitable[None]]
+    if isinstance(host, DoorbellHost):
+        connected = partial(kvm.serve_connected, host, sock)
+        serve = partial(kvm.serve, host, sock, exit_on_disconnect=exit_on_disconnect)
+    else:
+        assert isinstance(host, DeviceHost)
+        connected = partial(vhost_user.serve_connected, host, sock)
+        serve = partial(vhost_user.serve, host, sock, exit_on_disconnect=exit_on_disconnect)
     if served.connected:
-        await vhost_user.serve_connected(host, served.socket)
-        return
-    await _keep_up(
-        host.spec.name,
-        lambda: vhost_user.serve(host, served.socket, exit_on_disconnect=exit_on_disconnect),
-    )
+        await connected()
+    else:
+        await _keep_up(host.spec.name, serve)
 
 
 async def _keep_up(name: str, serve: Callable[[], Awaitable[None]]) -> None:

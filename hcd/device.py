@@ -1,7 +1,9 @@
 """The public device API: what a plug-in imports.
 
-A device is a subclass of :class:`Device`. It says what it is (virtio id, queues, features, configuration
-space, options) and handles what doorbells bring in :meth:`Device.process`.
+There are two kinds of devices. A virtio device is a subclass of :class:`Device`: it says what it is (virtio id,
+queues, features, configuration space, options) and handles what doorbells bring in :meth:`Device.process`. A doorbell
+device is a subclass of :class:`DoorbellDevice`: it declares doorbells and interrupts of its own and is told in
+:meth:`DoorbellDevice.ring` that one was rung, and how often.
 
 Life of a device, and on which thread each method runs::
 
@@ -14,31 +16,47 @@ Life of a device, and on which thread each method runs::
     └─ disconnect()                 lane      the front end is gone, or reset the device
     close()                         main      the daemon ends or the device is removed
 
-The *lane* is chosen by the colour of ``process``: a plain ``def`` runs in the reactor (one compiled loop for all
-devices of the process: never block there), an ``async def`` runs in trio. All methods marked "lane" of one device
-run on one thread and never at the same time.
+and of a doorbell device::
+
+    __init__, open                  main      doorbells and interrupts are read after open
+    ┌─ connect()                    lane      a VMM registered what it could; interrupts and memory are there
+    │   ring(doorbell, count)       lane      a doorbell was rung, count times since the last call
+    └─ disconnect()                 lane      the VMM is gone
+    close                           main
+
+The *lane* is chosen by the colour of ``process`` or ``ring``: a plain ``def`` runs in the reactor (one compiled loop
+for all devices of the process: never block there), an ``async def`` runs in trio. All methods marked "lane" of one
+device run on one thread and never at the same time (those that are async: never in parallel).
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+from hcd.dataplane.bell import Bell, Interrupt
 from hcd.dataplane.virtqueue import Request, Virtqueue
+from hcd.doorbell import Path
 from hcd.errors import ConfigError, DeviceError, GuestError
 
 __all__ = [
     "API_VERSION",
+    "Bell",
     "ConfigError",
     "Device",
+    "DeviceBase",
     "DeviceError",
+    "DoorbellDecl",
+    "DoorbellDevice",
     "GuestError",
     "Handle",
+    "InterruptDecl",
     "Lane",
     "Option",
+    "Path",
     "Request",
     "Virtqueue",
 ]
@@ -92,15 +110,41 @@ class Lane(Protocol):
         """Call ``callback`` on the lane's thread soon. The one method that any thread may use."""
 
 
-class Device:
-    """Base class of every virtio device. Defaults are inert or refuse."""
+class DeviceBase:
+    """What all kinds of devices have in common."""
 
     api_version: ClassVar[int] = API_VERSION
-    #: device id of the virtio specification, chapter 5
-    virtio_id: ClassVar[int] = 0
     #: one line for ``hcd devices``
     description: ClassVar[str] = ""
     options: ClassVar[tuple[Option, ...]] = ()
+    #: the method that handles what doorbells bring; its colour chooses the lane
+    handler: ClassVar[str] = ""
+    #: how doorbells come to devices of this kind
+    transport: ClassVar[str] = ""
+
+    def __init__(self, name: str, options: Mapping[str, Any]) -> None:
+        self.name = name
+        self.option = dict(options)
+        self.log = logging.LoggerAdapter(logging.getLogger("hcd.device"), {"device": name})
+
+    def open(self, lane: Lane) -> None:
+        """Open what the device needs for as long as it lives."""
+
+    def close(self) -> None:
+        """Release what ``open`` took."""
+
+    @classmethod
+    def is_async(cls) -> bool:
+        return inspect.iscoroutinefunction(getattr(cls, cls.handler))
+
+
+class Device(DeviceBase):
+    """Base class of every virtio device. Defaults are inert or refuse."""
+
+    handler = "process"
+    transport = "vhost-user"
+    #: device id of the virtio specification, chapter 5
+    virtio_id: ClassVar[int] = 0
     #: names of what ``request.op`` counts, for the metrics; index 0 is the default
     operations: ClassVar[tuple[str, ...]] = ("request",)
     #: the largest ring that the device takes
@@ -113,9 +157,7 @@ class Device:
     vhost_user_features: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, name: str, options: Mapping[str, Any]) -> None:
-        self.name = name
-        self.option = dict(options)
-        self.log = logging.LoggerAdapter(logging.getLogger("hcd.device"), {"device": name})
+        super().__init__(name, options)
         #: set by hcd: tells the front end that the configuration space changed (any thread)
         self.notify_config_change: Callable[[], None] = lambda: None
 
@@ -158,12 +200,6 @@ class Device:
 
     # -- its life
 
-    def open(self, lane: Lane) -> None:
-        """Open what the device needs for as long as it lives."""
-
-    def close(self) -> None:
-        """Release what ``open`` took."""
-
     def connect(self, features: int) -> None:
         """A driver acknowledged ``features``. May come again with others without a disconnect between."""
 
@@ -187,6 +223,103 @@ class Device:
         """Complete ``request`` as failed. Called for a request during which ``process`` raised."""
         request.complete(0)
 
-    @classmethod
-    def is_async(cls) -> bool:
-        return inspect.iscoroutinefunction(cls.process)
+
+@dataclass(frozen=True, slots=True)
+class DoorbellDecl:
+    """A doorbell that a device wants.
+
+    ``path`` is pio, mmio or hypercall, and says what ``address`` is: an I/O port, a guest-physical address, or for
+    hypercalls a Hyper-V connection id (``kind`` "hyperv") or a Xen event channel port (``kind`` "xen"). ``width`` in
+    bytes of the write that rings, 0: any. ``datamatch``: only this value rings. ``stamp``: offset in the device's
+    shared memory where the guest writes its time-stamp counter (8 bytes) before it rings.
+    """
+
+    name: str
+    path: Path
+    address: int
+    width: int = 0
+    datamatch: int | None = None
+    kind: str = ""
+    stamp: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class InterruptDecl:
+    """An interrupt that a device wants. The VMM decides which one it becomes in the guest."""
+
+    name: str
+
+
+class DoorbellDevice(DeviceBase):
+    """Base class of devices that own raw doorbells. A VMM that owns a virtual machine registers them."""
+
+    handler = "ring"
+    transport = "kvm"
+
+    def __init__(self, name: str, options: Mapping[str, Any]) -> None:
+        super().__init__(name, options)
+        #: set by hcd: the shared memory while a VMM is attached that maps it, else None
+        self.memory: memoryview | None = None
+        #: set by hcd: where the guest sees the shared memory
+        self.memory_address = 0
+        #: set by hcd: what :meth:`interrupt` signals, by name
+        self.lines: Mapping[str, Interrupt] = {}
+        #: set by hcd: carries out :meth:`add_doorbells` and :meth:`remove_doorbells`
+        self.change: Callable[[Sequence[DoorbellDecl], Sequence[str]], None] = _not_open
+
+    # -- what the device is: read once, after open
+
+    @property
+    def doorbells(self) -> Sequence[DoorbellDecl]:
+        """The doorbells that the device has from the beginning. Names are unique in the device."""
+        return ()
+
+    @property
+    def interrupts(self) -> Sequence[InterruptDecl]:
+        return ()
+
+    @property
+    def memory_size(self) -> int:
+        """Bytes of memory to share with the guest, for payloads and stamps; whole pages, 0: none."""
+        return 0
+
+    @property
+    def memory_wanted(self) -> int:
+        """The guest-physical address to ask for; 0: the VMM chooses."""
+        return 0
+
+    # -- its life
+
+    def connect(self) -> None:
+        """A VMM is attached: rings come from here on, interrupts and shared memory can be used."""
+
+    def disconnect(self) -> None:
+        """The VMM is gone. ``memory`` is the device's no longer: keep no view of it."""
+
+    def ring(self, doorbell: Bell, count: int) -> Any:
+        """``doorbell`` (its ``name`` is the declared one) was rung ``count`` times. Plain or ``async``.
+
+        Must be overridden. Calls for one doorbell never overlap; async calls for different ones do.
+        """
+        raise NotImplementedError
+
+    # -- what it can do, on its lane
+
+    def interrupt(self, name: str, answers: Bell | None = None) -> bool:
+        """Interrupt the guest; never blocks. False when no VMM is attached that registered the interrupt.
+
+        ``answers``: the doorbell whose rings this answers, for ``hcd_doorbell_response_seconds``.
+        """
+        return self.lines[name].signal(answers)
+
+    def add_doorbells(self, doorbells: Iterable[DoorbellDecl]) -> None:
+        """Have more doorbells from now on. ConfigError when one of them cannot be."""
+        self.change(tuple(doorbells), ())
+
+    def remove_doorbells(self, names: Iterable[str]) -> None:
+        """Have these doorbells no longer. KeyError when there is no such one."""
+        self.change((), tuple(names))
+
+
+def _not_open(added: Sequence[DoorbellDecl], removed: Sequence[str]) -> None:
+    raise RuntimeError("the doorbells of a device change only while it is open")

@@ -56,6 +56,8 @@ class Doorbell:
     source: PathSource = PathSource.NONE
     by_path: dict[Path, DoorbellStats] = field(default_factory=dict)
     pending: bool = False
+    #: whether the VMM registered it; None: nobody is attached, or it is not for hcd to know
+    registered: bool | None = None
     stats: DoorbellStats = field(default_factory=DoorbellStats)
     on_change: Callable[[Doorbell], None] | None = None
 

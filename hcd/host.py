@@ -1,6 +1,7 @@
 """A configured device of this process: the device itself, its lane, its doorbells and what is counted.
 
-A host outlives connections. Sessions (transports) come and go on it, one at a time; counters go on.
+A host outlives connections. Sessions (transports) come and go on it, one at a time; counters go on. Here is the host of
+virtio devices, that of doorbell devices is in :mod:`hcd.doorbell_host`.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from collections.abc import Mapping
 
 from hcd.config import DeviceSpec
 from hcd.dataplane.stats import HotText, QueueStats
-from hcd.device import Device
+from hcd.device import Device, DeviceBase
 from hcd.doorbell import Doorbell, Path, PathSource, Registry
 from hcd.errors import PluginError
 from hcd.lanes import Lanes, QueueLane
 from hcd.log import RateLimited
 
-__all__ = ["DeviceHost"]
+__all__ = ["DeviceHost", "HostBase"]
 
 #: virtio 1.3, 5: what a front end tells the driver about the device's own feature bits
 VERSION_1 = 1 << 32
@@ -28,8 +29,63 @@ _BUS_PATHS: Mapping[str, tuple[Path, str]] = {
 }
 
 
-class DeviceHost:
-    """One device of the process. ``drain_timeout`` in seconds."""
+class HostBase:
+    """What the hosts of all kinds of devices have in common. ``drain_timeout`` in seconds."""
+
+    def __init__(
+        self,
+        spec: DeviceSpec,
+        device: DeviceBase,
+        *,
+        lanes: Lanes,
+        registry: Registry,
+        hot: HotText,
+        drain_timeout: float = 5.0,
+    ) -> None:
+        self.spec = spec
+        self.lane: QueueLane = lanes.of(device)
+        self.drain_timeout = drain_timeout
+        self.log = logging.LoggerAdapter(logging.getLogger("hcd.session"), {"device": spec.name})
+        self.rare_log = RateLimited(self.log)
+        self.connected = False
+        self.protocol_errors = 0
+        self.path_conflict = False
+        self.transport = device.transport
+        self._device = device
+        self._traced: set[type[BaseException]] = set()
+        self._registry = registry
+        self._hot = hot
+
+    @property
+    def guest_errors(self) -> int:
+        return 0
+
+    @property
+    def handler_errors(self) -> int:
+        return 0
+
+    async def open(self) -> None:
+        """Open the device and make its counters known. ConfigError when it cannot be opened."""
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        """Take the device's series away and release what it holds."""
+        self._registry.remove_device(self.spec.name)
+        self._hot.remove_device(self.spec.name)
+        self._device.close()
+
+    def trace_once(self, error: BaseException) -> None:
+        """Log the traceback of ``error`` the first time that its type comes up on this host."""
+        if type(error) not in self._traced:
+            self._traced.add(type(error))
+            self.log.error("traceback of the first %s:", type(error).__name__, exc_info=error)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.spec.name} ({self.spec.type})>"
+
+
+class DeviceHost(HostBase):
+    """One virtio device of the process."""
 
     def __init__(
         self,
@@ -41,20 +97,10 @@ class DeviceHost:
         hot: HotText,
         drain_timeout: float = 5.0,
     ) -> None:
-        self.spec = spec
+        super().__init__(spec, device, lanes=lanes, registry=registry, hot=hot, drain_timeout=drain_timeout)
         self.device = device
-        self.lane: QueueLane = lanes.of(device)
-        self.drain_timeout = drain_timeout
-        self.log = logging.LoggerAdapter(logging.getLogger("hcd.session"), {"device": spec.name})
-        self.rare_log = RateLimited(self.log)
         self.doorbells: list[Doorbell] = []
         self.queue_stats: list[QueueStats] = []
-        self.connected = False
-        self.protocol_errors = 0
-        self.path_conflict = False
-        self._traced: set[type[BaseException]] = set()
-        self._registry = registry
-        self._hot = hot
 
     @property
     def guest_errors(self) -> int:
@@ -71,7 +117,6 @@ class DeviceHost:
     # -- life
 
     async def open(self) -> None:
-        """Open the device and make its counters known. ConfigError when it cannot be opened."""
         self.device.open(self.lane)
         count = self.device.num_queues
         if not 1 <= count <= 256:
@@ -87,12 +132,6 @@ class DeviceHost:
         doorbell = Doorbell(device=self.spec.name, queue=queue, transport="vhost-user")
         self.doorbells.append(doorbell)
         self._registry.add(doorbell)
-
-    async def close(self) -> None:
-        """Take the device's series away and release what it holds."""
-        self._registry.remove_device(self.spec.name)
-        self._hot.remove_device(self.spec.name)
-        self.device.close()
 
     # -- paths: on the lane's thread, or before the first session
 
@@ -144,14 +183,3 @@ class DeviceHost:
             doorbell.set_path(path, source, kind=kind)
             if not known:
                 self._hot.add_doorbell(self.spec.name, doorbell.queue, path.value, doorbell.by_path[path])
-
-    def trace_once(self, error: BaseException) -> None:
-        """Log the traceback of ``error`` the first time that its type comes up on this host."""
-        if type(error) not in self._traced:
-            self._traced.add(type(error))
-            self.log.error("traceback of the first %s:", type(error).__name__, exc_info=error)
-
-    def __repr__(self) -> str:
-        return f"<DeviceHost {self.spec.name} ({self.spec.type})>"
-
-

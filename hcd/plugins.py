@@ -10,7 +10,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from hcd import options as opt
-from hcd.device import API_VERSION, Device, Option
+from hcd.device import API_VERSION, Device, DeviceBase, DoorbellDevice, Option
 from hcd.errors import ConfigError, PluginError
 
 __all__ = ["GROUP", "RESERVED", "create", "load", "names", "origin"]
@@ -36,7 +36,7 @@ def origin(entry: EntryPoint) -> str:
     return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution"
 
 
-def load(name: str) -> type[Device]:
+def load(name: str) -> type[DeviceBase]:
     """The class of type ``name``.
 
     ConfigError when no such type is installed; PluginError, naming the distribution, when it cannot be used.
@@ -46,17 +46,17 @@ def load(name: str) -> type[Device]:
         found = entry.load()
     except Exception as exc:  # whatever a module raises while it is imported is the plug-in's fault
         raise _refused(entry, f"cannot be imported from {entry.value}: {type(exc).__name__}: {exc}") from exc
-    if not (isinstance(found, type) and issubclass(found, Device)):
-        raise _refused(entry, f"{entry.value} is not a subclass of hcd.device.Device")
+    if not (isinstance(found, type) and issubclass(found, Device | DoorbellDevice)):
+        raise _refused(entry, f"{entry.value} is not a subclass of hcd.device.Device or DoorbellDevice")
     if found.api_version != API_VERSION:
         raise _refused(entry, f"is written for device API {found.api_version}; this hcd has {API_VERSION}")
-    if found.process is Device.process:
-        raise _refused(entry, f"{entry.value} does not define process()")
+    if getattr(found, found.handler) in (Device.process, DoorbellDevice.ring):
+        raise _refused(entry, f"{entry.value} does not define {found.handler}()")
     _check_options(entry, found.options)
     return found
 
 
-def create(type_name: str, name: str, options: Mapping[str, Any]) -> Device:
+def create(type_name: str, name: str, options: Mapping[str, Any]) -> DeviceBase:
     """A device of ``type_name``. ConfigError: it refuses its options. PluginError: it is defective."""
     cls = load(type_name)
     try:

@@ -8,25 +8,30 @@ share them.
 
 from __future__ import annotations
 
+import array
 import contextlib
 import os
 import socket
 import stat
+from collections.abc import Iterable
 
 from hcd.errors import ConfigError
 
-__all__ = ["UnixListener", "adopt_fd", "is_listening", "local_path"]
+__all__ = ["KINDS", "UnixListener", "adopt_fd", "close_all", "is_listening", "local_path", "received_fds"]
 
 BACKLOG = 16
 
+#: the type of a device's socket, by its transport
+KINDS = {"vhost-user": socket.SOCK_STREAM, "kvm": socket.SOCK_SEQPACKET}
+
 
 class UnixListener:
-    """A listening unix socket of our own. ConfigError when ``path`` cannot be had."""
+    """A listening unix socket of our own, of type ``kind``. ConfigError when ``path`` cannot be had."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, kind: socket.SocketKind = socket.SOCK_STREAM) -> None:
         self.path = path
         _remove_stale(path)
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.socket = socket.socket(socket.AF_UNIX, kind)
         try:
             self.socket.bind(path)
             made = os.lstat(path)
@@ -45,8 +50,8 @@ class UnixListener:
         self.socket.close()
 
 
-def adopt_fd(fd: int) -> socket.socket:
-    """An inherited unix stream socket, listening or connected. ConfigError for anything else.
+def adopt_fd(fd: int, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
+    """An inherited unix socket of type ``kind``, listening or connected. ConfigError for anything else.
 
     vhost-user.rst, "Backend program conventions" does not say which of the two ``--fd`` is, and programs
     differ: :func:`is_listening` tells.
@@ -59,7 +64,7 @@ def adopt_fd(fd: int) -> socket.socket:
         raise ConfigError(f"file descriptor {fd} is not a socket")
     sock = socket.socket(fileno=fd)
     try:
-        _check_kind(sock, fd)
+        _check_kind(sock, fd, kind)
     except ConfigError:
         sock.detach()  # the descriptor is still the caller's
         raise
@@ -79,11 +84,26 @@ def local_path(sock: socket.socket) -> str:
     return str(name)
 
 
-def _check_kind(sock: socket.socket, fd: int) -> None:
+def received_fds(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:
+    """The descriptors that came with a recvmsg(2)."""
+    fds = array.array("i")
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+    return list(fds)
+
+
+def close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def _check_kind(sock: socket.socket, fd: int, kind: socket.SocketKind) -> None:
     if sock.family != socket.AF_UNIX:
         raise ConfigError(f"file descriptor {fd} is not a unix socket")
-    if sock.type != socket.SOCK_STREAM:
-        raise ConfigError(f"file descriptor {fd} is not a stream socket")
+    if sock.type != kind:
+        name = "stream" if kind == socket.SOCK_STREAM else "SOCK_SEQPACKET"
+        raise ConfigError(f"file descriptor {fd} is not a {name} socket")
     if is_listening(sock):
         return
     try:

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from hcd.doorbell import Doorbell
+from hcd.doorbell import Doorbell, PathSource
 from hcd.metrics.names import BY_NAME
 from hcd.version import VERSION
 
@@ -54,6 +54,7 @@ class ColdCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         yield self._doorbell_info()
+        yield self._doorbell_registered()
         yield self._per_host("hcd_connected", lambda host: host.connected)
         yield self._per_host("hcd_protocol_errors_total", lambda host: host.protocol_errors)
         yield self._per_host("hcd_guest_errors_total", lambda host: host.guest_errors)
@@ -77,6 +78,13 @@ class ColdCollector(Collector):
                 bell.address,
             ]
             family.add_metric(labels, 1)
+        return family
+
+    def _doorbell_registered(self) -> Metric:
+        family = _family("hcd_doorbell_registered")
+        for bell in self._doorbells:
+            if bell.source is PathSource.REGISTERED:
+                family.add_metric([bell.device, bell.queue, bell.path], int(bool(bell.registered)))
         return family
 
     def _per_host(self, name: str, value: Callable[[HostView], int]) -> Metric:

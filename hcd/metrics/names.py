@@ -121,6 +121,13 @@ FAMILIES = (
         False,
     ),
     Family(
+        "hcd_doorbell_registered",
+        "gauge",
+        "1 while the VMM that is attached has the doorbell registered, 0 where it could not or nobody is attached.",
+        _DOORBELL,
+        False,
+    ),
+    Family(
         "hcd_connected",
         "gauge",
         "1 while a front end is connected to the device.",

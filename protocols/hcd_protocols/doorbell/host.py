@@ -4,7 +4,7 @@
 
     HELLO ─► (HOLD ... until all are there) ─► event Attach
     welcome(), then remove(), add(), end() in any number  ─► for each message one event Answers
-    CLOCK at any time after HELLO ─► event ClockChanged; ERROR ─► event PeerError
+    CLOCK at any time after that ─► event ClockChanged; ERROR ─► event PeerError
 
 One message that wants an answer is on its way at a time: the next leaves when the VMM has answered the last. So
 neither side can block the other with full sockets, and never more than 253 descriptors are in flight.
@@ -50,9 +50,10 @@ class Attach:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What the VMM did with the items of one message."""
+    """What the VMM did with the items of one message. ``removed``: the message was a removal."""
 
     outcomes: tuple[Outcome, ...]
+    removed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,7 @@ class HostConnection(Link):
         self._attached = False
         self._outgoing: deque[_Outgoing] = deque()
         self._asked: tuple[Reference, ...] = ()  # of the message that waits for its answer
+        self._asked_to_remove = False
 
     @property
     def idle(self) -> bool:
@@ -123,7 +125,7 @@ class HostConnection(Link):
                 return self._take_held(message, fds)
             case Status() if self._attached:
                 return self._take_status(message)
-            case Clock():
+            case Clock() if self._attached:
                 return ClockChanged(message.tsc_khz, message.tsc_offset)
         raise self._refuse(fds, f"{type(message).__name__} {'after' if self._attached else 'before'} the VMM attached")
 
@@ -168,7 +170,7 @@ class HostConnection(Link):
             for reference, entry in zip(self._asked, message.entries, strict=True)
         )
         self._asked = ()
-        return Answers(outcomes)
+        return Answers(outcomes, self._asked_to_remove)
 
     # -- out
 
@@ -207,6 +209,7 @@ class HostConnection(Link):
             outgoing = self._outgoing.popleft()
             self._due.append((encode(outgoing.message), outgoing.fds))
             self._asked = outgoing.references
+            self._asked_to_remove = isinstance(outgoing.message, Remove)
         return super().data_to_send()
 
 

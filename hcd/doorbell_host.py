@@ -1,0 +1,195 @@
+"""A configured doorbell device of this process: what it declared, as items of the protocol, and what is counted.
+
+Ids are given in the order of the declarations, so after a restart with the same configuration they are the same, and
+a VMM that held on to its eventfds finds its doorbells again. An id is never given twice.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from hcd_protocols.doorbell import DoorbellItem, InterruptItem, MemoryItem, Place
+
+from hcd.config import DeviceSpec
+from hcd.dataplane.bell import Bell, Interrupt
+from hcd.dataplane.stats import HotText, InterruptStats
+from hcd.device import DoorbellDecl, DoorbellDevice
+from hcd.doorbell import Doorbell, Path, PathSource, Registry
+from hcd.errors import ConfigError, PluginError
+from hcd.host import HostBase
+from hcd.lanes import Lanes
+
+__all__ = ["DoorbellHost", "HostedDoorbell", "HostedInterrupt"]
+
+T = TypeVar("T")
+
+_HYPERCALLS = {"hyperv": Place.HYPERV, "xen": Place.XEN}
+_PLACES = {Path.PIO: Place.PIO, Path.MMIO: Place.MMIO}
+
+
+@dataclass(slots=True, eq=False)
+class HostedDoorbell:
+    """One doorbell of the device: what the VMM is told, and what is counted."""
+
+    item: DoorbellItem
+    doorbell: Doorbell
+
+
+@dataclass(slots=True, eq=False)
+class HostedInterrupt:
+    item: InterruptItem
+    line: Interrupt
+
+
+class DoorbellHost(HostBase):
+    """One doorbell device of the process. What changes after :meth:`open` changes on the lane's thread."""
+
+    def __init__(
+        self,
+        spec: DeviceSpec,
+        device: DoorbellDevice,
+        *,
+        lanes: Lanes,
+        registry: Registry,
+        hot: HotText,
+        drain_timeout: float = 5.0,
+    ) -> None:
+        super().__init__(spec, device, lanes=lanes, registry=registry, hot=hot, drain_timeout=drain_timeout)
+        self.device = device
+        self.doorbells: dict[str, HostedDoorbell] = {}
+        self.interrupts: dict[str, HostedInterrupt] = {}
+        self.memory: MemoryItem | None = None
+        #: set by the session: the device changed its doorbells (added, removed)
+        self.on_change: Callable[[Sequence[HostedDoorbell], Sequence[HostedDoorbell]], None] | None = None
+        self._handler_errors = 0
+        self._ids = itertools.count(1)
+        self._known: dict[str, Doorbell] = {}  # also those that the device has no longer: their series stay
+
+    @property
+    def handler_errors(self) -> int:
+        return self._handler_errors
+
+    async def open(self) -> None:
+        self._refuse_declarations()
+        device = self.device
+        device.open(self.lane)
+        try:
+            self._read_memory()
+            for made in self._make(device.doorbells):
+                self._add(made)
+            for index, interrupt in enumerate(device.interrupts, 1):
+                self._add_interrupt(_checked(InterruptItem, index, interrupt.name))
+        except BaseException:
+            await self.close()
+            raise
+        device.lines = {name: hosted.line for name, hosted in self.interrupts.items()}
+        device.change = self._change
+
+    def _refuse_declarations(self) -> None:
+        for key, value in (("path", self.spec.path), ("bus", self.spec.bus), ("qmp", self.spec.qmp)):
+            if value is not None:
+                raise ConfigError(f'"{key}" has no meaning here: the device says the path of each of its doorbells')
+
+    def _read_memory(self) -> None:
+        if self.device.memory_size:
+            self.memory = _checked(MemoryItem, 1, self.device.memory_size, self.device.memory_wanted)
+
+    def _add_interrupt(self, item: InterruptItem) -> None:
+        if item.name in self.interrupts:
+            raise PluginError(f'{type(self.device).__name__}: interrupt "{item.name}" twice')
+        stats = InterruptStats()
+        self._hot.add_interrupt(self.spec.name, item.name, stats)
+        self.interrupts[item.name] = HostedInterrupt(item, Interrupt(item.name, stats))
+
+    # -- doorbells
+
+    def _make(self, declared: Sequence[DoorbellDecl]) -> list[HostedDoorbell]:
+        """Check what the device declares, against what it has already too. Nothing is added yet."""
+        places = {(hosted.item.place, str(hosted.item)): name for name, hosted in self.doorbells.items()}
+        made: dict[str, HostedDoorbell] = {}
+        for one in declared:
+            item = self._item(one)
+            if one.name in self.doorbells or one.name in made:
+                raise PluginError(f'{type(self.device).__name__}: doorbell "{one.name}" twice')
+            other = places.setdefault((item.place, str(item)), item.name)
+            if other != item.name:
+                raise ConfigError(f'doorbells "{other}" and "{item.name}" have the same place, {one.path} {item}')
+            doorbell = self._known.get(one.name) or Doorbell(self.spec.name, one.name, "kvm")
+            made[one.name] = HostedDoorbell(item, doorbell)
+        return list(made.values())
+
+    def _item(self, one: DoorbellDecl) -> DoorbellItem:
+        place = _PLACES.get(one.path) or _HYPERCALLS.get(one.kind)
+        if place is None:
+            raise PluginError(
+                f'{type(self.device).__name__}: doorbell "{one.name}" with path "{one.path}" and kind "{one.kind}"; '
+                "expected pio, mmio, or hypercall of kind hyperv or xen"
+            )
+        if one.stamp is not None and (self.memory is None or one.stamp + 8 > self.memory.size):
+            raise PluginError(f'{type(self.device).__name__}: the stamp of "{one.name}" is not in the shared memory')
+        return _checked(
+            DoorbellItem, next(self._ids), one.name, place, one.address, one.width, one.datamatch, one.stamp
+        )
+
+    def _add(self, made: HostedDoorbell) -> None:
+        item, doorbell = made.item, made.doorbell
+        self.doorbells[item.name] = made
+        doorbell.address = str(item)
+        known = _path(item.place) in doorbell.by_path
+        doorbell.set_path(_path(item.place), PathSource.REGISTERED, kind=_kind(item))
+        if not known:
+            self._hot.add_doorbell(self.spec.name, item.name, doorbell.path, doorbell.stats)
+        if item.name not in self._known:
+            self._known[item.name] = doorbell
+            self._registry.add(doorbell)
+
+    def _change(self, added: Sequence[DoorbellDecl], removed: Sequence[str]) -> None:
+        gone = [self.doorbells[name] for name in dict.fromkeys(removed)]
+        made = self._make(added)
+        for one in gone:
+            del self.doorbells[one.item.name]
+        for one in made:
+            self._add(one)
+        if self.on_change is not None:
+            self.on_change(made, gone)
+
+    def call_device(self, call: Callable[[], None]) -> None:
+        """Call a method of the device. What it raises must not take the session along."""
+        try:
+            call()
+        except Exception as error:
+            self._handler_errors += 1
+            self.rare_log.error(type(error).__name__, "%s failed: %s: %s", type(self.device).__name__,
+                                type(error).__name__, error)
+            self.trace_once(error)
+
+    def handler_failed(self, bell: Bell, error: Exception) -> None:
+        """``ring`` raised: said and counted, and the device goes on."""
+        self._handler_errors += 1
+        self.rare_log.error(
+            (bell.name, type(error).__name__),
+            "doorbell %s: the handler of %s failed: %s: %s",
+            bell.name, type(self.device).__name__, type(error).__name__, error,
+        )
+        self.trace_once(error)
+
+
+def _checked(make: Callable[..., T], *fields: object) -> T:
+    try:
+        return make(*fields)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _path(place: Place) -> Path:
+    return {Place.PIO: Path.PIO, Place.MMIO: Path.MMIO}.get(place, Path.HYPERCALL)
+
+
+def _kind(item: DoorbellItem) -> str:
+    """What ``hcd_doorbell_info`` says beside the path."""
+    if item.place in (Place.HYPERV, Place.XEN):
+        return item.place.name.lower()
+    return "ioeventfd" if item.width else "any-length"

@@ -1,0 +1,106 @@
+"""One peer at a time: the accept loop that transports share.
+
+A device has one listening socket for the life of the process. A second peer is refused while the first is really
+there; one that comes while the last session is being torn down waits for that and is served.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+import trio
+
+from hcd.host import HostBase
+
+__all__ = ["Session", "accept_one_at_a_time", "hung_up", "peer_pid"]
+
+#: after an accept that failed for want of fds or memory (seconds)
+ACCEPT_PAUSE = 0.1
+
+
+class Session(Protocol):
+    """One connection of a peer."""
+
+    @property
+    def over(self) -> trio.Event:
+        """Set when everything of the session is released."""
+
+    @property
+    def peer(self) -> int | str: ...
+
+    def hung_up(self) -> bool:
+        """Whether the peer closed its end, even if hcd has not come round to it yet."""
+
+    async def run(self) -> None:
+        """Serve until the peer goes. Raises nothing."""
+
+
+async def accept_one_at_a_time(
+    host: HostBase,
+    listener: socket.socket,
+    make: Callable[[trio.socket.SocketType], Session],
+    *,
+    what: str,
+    refuse: Callable[[trio.socket.SocketType], Awaitable[None]] | None = None,
+    exit_on_disconnect: bool = False,
+) -> None:
+    """Serve the peers (``what``: "front end", "VMM") that connect to ``listener`` until cancelled.
+
+    ``refuse`` tells one that it is refused. ``exit_on_disconnect``: return when the first session has ended.
+    """
+    accepting = trio.socket.from_stdlib_socket(listener)
+    async with trio.open_nursery() as nursery:
+        session: Session | None = None
+        while True:
+            try:
+                sock, _ = await accepting.accept()
+            except OSError as error:
+                if listener.fileno() < 0:
+                    raise
+                host.rare_log.warning(error.errno, "cannot accept a %s: %s", what, error.strerror)
+                await trio.sleep(ACCEPT_PAUSE)
+                continue
+            if session is not None and not session.over.is_set():
+                if not session.hung_up():
+                    host.rare_log.warning(
+                        f"a second {what}",
+                        "a second %s was refused: one is connected already (pid %s)", what, session.peer,
+                    )
+                    if refuse is not None:
+                        await refuse(sock)
+                    sock.close()
+                    continue
+                with sock:
+                    await session.over.wait()
+                    sock = sock.dup()
+            session = make(sock)
+            nursery.start_soon(_run_session, session, nursery if exit_on_disconnect else None)
+
+
+async def _run_session(session: Session, ends: trio.Nursery | None) -> None:
+    await session.run()
+    if ends is not None:
+        ends.cancel_scope.cancel()
+
+
+def hung_up(fd: int) -> bool:
+    """Whether the peer of socket ``fd`` closed its end; True for no socket at all."""
+    if fd < 0:
+        return True
+    poll = select.poll()
+    poll.register(fd, select.POLLRDHUP)
+    return any(flags & (select.POLLRDHUP | select.POLLHUP | select.POLLERR) for _, flags in poll.poll(0))
+
+
+def peer_pid(sock: trio.socket.SocketType) -> int | str:
+    """The process at the other end when it connected (unix(7), SO_PEERCRED); "?" where the kernel does not say."""
+    try:
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    except OSError:
+        return "?"
+    pid, _, _ = struct.unpack("3i", credentials)
+    return pid or "?"
