@@ -316,12 +316,12 @@ class Backend:
         status = 1
         if queue.broken:
             host.rare_log.error(
-                (queue.index, queue.broken), "queue %d: %s; the driver broke its ring, no more requests are taken "
+                (queue.index, "broken"), "queue %d: %s; the driver broke its ring, no more requests are taken "
                 "from it until it is set up again", queue.index, queue.broken,
             )
         elif isinstance(error, DeviceError):
             status = error.status
-            host.rare_log.log(logging.INFO, (queue.index, str(error)), "queue %d: %s", queue.index, error)
+            host.rare_log.log(logging.INFO, (queue.index, "device"), "queue %d: %s", queue.index, error)
         elif isinstance(error, GuestError):
             queue.stats.guest_errors += 1
             host.rare_log.warning((queue.index, "guest"), "queue %d: bad request of the driver: %s", queue.index, error)

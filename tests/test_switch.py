@@ -15,6 +15,7 @@ from hcd_protocols.virtio.net import HEADER, HEADER_LEGACY_BIG
 
 from hcd.dataplane.switch import MAX_FRAME, FramePort, QueuePort, Switch
 from hcd.dataplane.virtqueue import Request
+from hcd.errors import GuestError
 from hcd.frontend.local import LocalQueue, Scheduler, map_memory
 from hcd.frontend.memory import SharedMemory
 from hcd.frontend.net import NetDriver
@@ -381,7 +382,8 @@ def test_bad_frames_are_refused_one_by_one_and_the_ring_goes_on(guest: MakeGuest
     assert a.tx.stats.guest_errors == a.tx.stats.drops == len(bad)
     assert (a.tx.stats.requests(0, 0), a.tx.stats.requests(0, 1)) == (1, len(bad))
     assert a.tx.device.broken == ""
-    assert not a.tx.errors
+    assert [type(error) for error in a.tx.errors] == [GuestError] * len(bad)
+    assert "1 bytes to send are no frame" in str(a.tx.errors[0])
 
 
 @pytest.mark.parametrize("features", [V1, PACKED])

@@ -34,6 +34,8 @@ from hcd.dataplane._atomics cimport hcd_now, hcd_swap16
 from hcd.dataplane.stats cimport QueueStats
 from hcd.dataplane.virtqueue cimport Request, Virtqueue, iovec
 
+from hcd.errors import GuestError
+
 cdef extern from "<sys/uio.h>" nogil:
     ssize_t readv(int fd, const iovec *iov, int n)
     ssize_t writev(int fd, const iovec *iov, int n)
@@ -213,7 +215,7 @@ cdef class Receiver:
             # It never holds a frame, and would stand in the way of those behind it.
             r.status = 1
             r.finish(0)
-            self.q.stats.c.guest_errors += 1
+            guest_error(self.q, f"a receive buffer of {room} bytes, too small for any frame")
             return BAD_BUFFER
         while room < need:
             if not self.mergeable or n >= <int>self.q.ring.size:
@@ -601,10 +603,22 @@ cdef int sent_or_lost(Request r, int sent) except -1:
 
 cdef int refuse(Request r) except -1:
     """The driver sent what is no frame, or asked for an offload that was not negotiated."""
-    r.vq.stats.c.drops += 1
-    r.vq.stats.c.guest_errors += 1
+    cdef Virtqueue q = r.vq
+    cdef uint64_t size = r.c.out_size
+    q.stats.c.drops += 1
     r.status = 1
-    return r.finish(0)
+    r.finish(0)
+    return guest_error(q, f"{size} bytes to send are no frame with its header, or ask for an offload that was not "
+                          "negotiated")
+
+
+cdef int guest_error(Virtqueue q, str why) except -1:
+    """Tell of a mistake of the driver; whoever listens counts it."""
+    if q.on_error is None:
+        q.stats.c.guest_errors += 1
+    else:
+        q.on_error(q, GuestError(why))
+    return 0
 
 
 cdef bytes tail(const iovec *iov, int n, uint64_t done):

@@ -104,6 +104,7 @@ cdef class Virtqueue:
     cdef list pool
     cdef PyObject *current    # the request taken last, while it is in flight
     cdef int n_inflight
+    cdef int n_stale          # of these, for a ring that was: set up anew since
     # this turn
     cdef bint in_turn
     cdef bint dirty
@@ -132,6 +133,7 @@ cdef class Virtqueue:
     cdef Request take(self)
     cpdef unpop(self, Request r)
     cdef Request fresh(self)
+    cdef void new_generation(self) noexcept
     cdef bint resolve(self)
     cdef void link(self, Request r) noexcept
     cdef int retire(self, Request r, int64_t written) except -1

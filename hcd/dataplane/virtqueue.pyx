@@ -178,7 +178,7 @@ cdef class Virtqueue:
                                 f"driver {driver:#x}, device {device:#x}, {size} entries")
         self.set_base(base)
         self.broken = ""
-        self.generation += 1
+        self.new_generation()
         self.started = True
         self.update_running()
 
@@ -197,6 +197,11 @@ cdef class Virtqueue:
         r.used_wrap = base >> 31
         if r.last_avail >= r.size or r.next_used >= r.size:
             raise ProtocolError(f"queue {self.index}: base {base:#x} is outside a ring of {r.size} entries")
+
+    cdef void new_generation(self) noexcept:
+        """What is in flight now belongs to a ring that was."""
+        self.generation += 1
+        self.n_stale = self.n_inflight
 
     cdef bint resolve(self):
         cdef vring_t *r = &self.ring
@@ -234,7 +239,7 @@ cdef class Virtqueue:
             base = self.base
         self.started = False
         self.halted = False
-        self.generation += 1
+        self.new_generation()
         self.ring.desc = self.ring.driver = self.ring.device = NULL
         self.ring.unpublished = 0
         self.update_running()
@@ -304,6 +309,10 @@ cdef class Virtqueue:
         cdef int got
         if not self.ring.running or not ring_has_work(&self.ring):
             return None
+        if self.n_inflight - self.n_stale >= <int>self.ring.size:
+            self.break_ring(f"more chains are made available than the ring of {self.ring.size} holds, while as many "
+                            "are in flight")
+            return None
         r = self.fresh()
         r.c.n_out = r.c.n_in = 0
         r.c.out_size = r.c.in_size = 0
@@ -361,6 +370,7 @@ cdef class Virtqueue:
         if self.current == <PyObject *>r:
             self.current = NULL
         self.n_inflight -= 1
+        self.n_stale -= r.generation != self.generation
         self.stats.c.inflight -= 1
         Py_DECREF(r)
 

@@ -19,6 +19,7 @@ from hcd.dataplane.reactor import Reactor
 from hcd.dataplane.stats import DoorbellStats, QueueStats
 from hcd.dataplane.virtqueue import Virtqueue
 from hcd.device import Device, Handle
+from hcd.errors import GuestError
 from hcd.frontend.memory import SharedMemory
 from hcd.frontend.queue import Queue
 from hcd.frontend.ring import DriverRing
@@ -90,13 +91,19 @@ class LocalQueue:
         self.scheduler = scheduler or Scheduler()
         self.device = device = Virtqueue(index, DoorbellStats(), self.stats)
         device.scheduler = self.scheduler
-        device.on_error = lambda _, error: self.errors.append(error)
+        device.on_error = self._on_error
         device.set_memory(table)
         device.set_kick(self.driver.kick_fd)
         device.set_call(self.driver.call_fd)
         desc, avail, used = (memory.user_addr(gpa) for gpa in (ring.desc, ring.driver, ring.device))
         device.start(features, size, desc, avail, used, ring.initial_base, big_endian)
         device.set_enabled(True)
+
+    def _on_error(self, queue: Virtqueue, error: Exception) -> None:
+        """Counts bad requests, as a back end does; rings that break are counted by the queue itself."""
+        self.errors.append(error)
+        if isinstance(error, GuestError) and not queue.broken:
+            self.stats.guest_errors += 1
 
     def turn(self, handler: Callable[[Virtqueue], object]) -> Any:
         """One turn of the device, as a reactor gives it: completions are visible when this returns."""
