@@ -88,14 +88,24 @@ class _Slot:
 
 
 class BlockDriver:
-    """Issues requests on one queue. ``big_endian``: the header of a legacy big-endian guest."""
+    """Issues requests on one queue.
+
+    ``big_endian``: headers of a legacy big-endian guest. ``polled``: look at the ring instead of waiting for calls.
+    """
 
     def __init__(
-        self, memory: SharedMemory, queue: Queue, *, timeout: float = 5.0, big_endian: bool = False
+        self,
+        memory: SharedMemory,
+        queue: Queue,
+        *,
+        timeout: float = 5.0,
+        big_endian: bool = False,
+        polled: bool = False,
     ) -> None:
         self.memory = memory
         self.queue = queue
         self.timeout = timeout
+        self.polled = polled
         self._header = struct.Struct((">" if big_endian else "<") + "IIQ")
         self._segment = struct.Struct((">" if big_endian else "<") + "QII")
         self._idle: list[_Slot] = []
@@ -178,7 +188,8 @@ class BlockDriver:
 
     def wait(self) -> list[BlockRequest]:
         """Wait until at least one request has finished; all that have."""
-        return [self._finish(done.token, done.written) for done in self.queue.wait(self.timeout)]
+        used = self.queue.spin(self.timeout) if self.polled else self.queue.wait(self.timeout)
+        return [self._finish(done.token, done.written) for done in used]
 
     def poll(self) -> list[BlockRequest]:
         """Those that have finished; does not wait."""

@@ -106,6 +106,15 @@ class Queue:
         finally:
             self._kept = others + self._kept
 
+    def spin(self, timeout: float = 5.0) -> list[Used]:
+        """As ``wait``, but by looking at the ring all the time. Whether interrupts are on is left as it is."""
+        deadline = time.monotonic() + timeout
+        while not (used := self.used()):
+            if time.monotonic() > deadline:
+                raise self._too_late()
+            time.sleep(0)  # the device may need this core
+        return used
+
     def poll(self, done: Callable[[], bool], timeout: float = 5.0) -> None:
         """Sleep between calls of the device until ``done()``. For rings that are driven raw."""
         deadline = time.monotonic() + timeout
@@ -127,7 +136,10 @@ class Queue:
             raise BackendError(f"queue {self.index}: the back end reports a broken ring")
         if ready:
             raise BackendError(f"queue {self.index}: the back end hung up")
-        raise BackendError(f"queue {self.index}: nothing used in time, {self.ring.outstanding} chains out")
+        raise self._too_late()
+
+    def _too_late(self) -> BackendError:
+        return BackendError(f"queue {self.index}: nothing used in time, {self.ring.outstanding} chains out")
 
     def read_calls(self) -> int:
         """Take the pending calls out of the eventfd without waiting; returns how many there were."""

@@ -207,6 +207,11 @@ class PackedRing(DriverRing):
         """The AVAIL and USED bits that make the next descriptor available."""
         return AVAIL if self._avail_wrap else USED
 
+    @property
+    def next_position(self) -> int:
+        """Where the next descriptor goes: offset | wrap << 15."""
+        return self._next_avail | self._avail_wrap << 15
+
     def write_descriptor(self, slot: int, addr: int, length: int, buffer_id: int, flags: int) -> None:
         """Store one descriptor, flags last."""
         at = 16 * slot
