@@ -336,6 +336,16 @@ async def open_lanes(poll_us: float = 32) -> AsyncIterator[Lanes]:
     """Run the reactor on its own thread for as long as the block lasts."""
     token = trio.lowlevel.current_trio_token()
     reactor = Reactor(poll_us)
+    rare = RateLimited(_log, limit=1)
+
+    def slow(queue: Virtqueue, ns: int) -> None:
+        rare.warning(
+            f"slow handlers of {queue.tag}",
+            "%s: the handler of queue %d took %.0f ms; every device of this process waited that long",
+            queue.tag, queue.index, ns / 1e6,
+        )
+
+    reactor.on_slow = slow
     thread = threading.Thread(target=reactor.run, name="hcd-reactor", daemon=True)
     async with trio.open_nursery() as nursery:
         thread.start()

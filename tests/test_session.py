@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -63,6 +64,8 @@ class Echo(Device):
             return
         if data == b"forget":
             return
+        if data == b"slow":
+            time.sleep(0.06)
         request.write(data)
         request.complete()
 
@@ -338,3 +341,15 @@ async def test_truncated_memory_ends_the_session(tmp_path: Path, caplog: pytest.
 
         await s.in_thread(drive)
         assert "truncated the memory" in caplog.text
+
+
+async def test_a_slow_handler_is_named_once_a_minute(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A plain handler that takes long delays every device of the process: the log says which one it is."""
+    async with served(Echo("dev", {}), tmp_path) as s:
+        def drive() -> None:
+            with Frontend.open(s.path) as front:
+                for _ in range(3):
+                    assert echo(front, b"slow") == b"slow"
+
+        await s.in_thread(drive)
+        assert caplog.text.count("dev: the handler of queue 0 took") == 1
