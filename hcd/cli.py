@@ -37,6 +37,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         if argv and argv[0] == "device":
             return _device(argv[1:])
+        if argv and argv[0] == "lab":
+            return _lab(argv[1:])
         arguments = _parser().parse_args(argv)
         run: Callable[[argparse.Namespace], int] = arguments.run
         return run(arguments)
@@ -87,11 +89,23 @@ def _parser() -> _Parser:
     devices = commands.add_parser("devices", help="list device types and their options", allow_abbrev=False)
     devices.set_defaults(run=_devices)
     commands.add_parser("device", help="serve one device (hcd device TYPE --help)", add_help=False)
+    commands.add_parser("lab", help="measure what each path out of a guest costs here", add_help=False)
     return parser
 
 
 def _add_log_level(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-level", choices=_LEVELS, default="info", help="default info")
+
+
+# -- lab
+
+
+def _lab(argv: Sequence[str]) -> int:
+    from hcd.lab import cli as lab
+
+    parser = _Parser(prog="hcd lab", description=lab.DESCRIPTION, allow_abbrev=False)
+    lab.add_arguments(parser)
+    return lab.run(parser.parse_args(argv))
 
 
 # -- run, check

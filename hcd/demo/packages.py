@@ -22,8 +22,13 @@ __all__ = ["GuestFiles", "MissingToolError", "cache_directory", "guest_files"]
 
 Progress = Callable[[str], None]
 
-#: architecture -> the package that depends on the newest kernel of the flavour that guests boot
-KERNEL_PACKAGES = {"amd64": "linux-image-cloud-amd64", "s390x": "linux-image-s390x"}
+#: what to boot -> the package that depends on the newest kernel of that flavour. The cloud kernel is small; the full one
+#: has the modules that it leaves out (9p, KVM for processors that QEMU emulates).
+KERNEL_PACKAGES = {
+    "amd64": "linux-image-cloud-amd64",
+    "amd64-full": "linux-image-amd64",
+    "s390x": "linux-image-s390x",
+}
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
 
@@ -57,16 +62,21 @@ def cache_directory() -> Path:
     return path.resolve()
 
 
-def guest_files(arch: str = "amd64", *, progress: Progress = lambda _: None) -> GuestFiles:
-    """The kernel and busybox for ``arch`` ("amd64" or "s390x"), downloaded unless they are in the cache.
+def guest_files(flavour: str = "amd64", *, progress: Progress = lambda _: None) -> GuestFiles:
+    """The kernel and busybox of ``flavour`` (see KERNEL_PACKAGES), downloaded unless they are in the cache.
 
     Raises MissingToolError without apt, and RuntimeError with apt's words when the
     mirror cannot be reached.
     """
-    root = cache_directory() / f"debian-{arch}"
+    root = cache_directory() / f"debian-{flavour}"
     if not root.is_dir():
-        _download(arch, root, progress)
-    return _locate(arch, root)
+        _download(flavour, root, progress)
+    return _locate(_arch(flavour), root)
+
+
+def _arch(flavour: str) -> str:
+    """Debian's name of the architecture."""
+    return flavour.partition("-")[0]
 
 
 def _locate(arch: str, root: Path) -> GuestFiles:
@@ -83,7 +93,7 @@ def _first_existing(*candidates: Path) -> Path:
     return next((path for path in candidates if path.exists()), candidates[0])
 
 
-def _download(arch: str, root: Path, progress: Progress) -> None:
+def _download(flavour: str, root: Path, progress: Progress) -> None:
     for tool, package in (("apt-get", "apt"), ("dpkg", "dpkg")):
         if shutil.which(tool) is None:
             raise MissingToolError(f"{tool} is missing (Debian package {package})")
@@ -92,13 +102,13 @@ def _download(arch: str, root: Path, progress: Progress) -> None:
     # Unpacked beside its final place, so that a download that breaks off leaves nothing that looks complete.
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=f"{root.name}.") as scratch:
         work = Path(scratch)
-        apt = _Apt(arch, work / "apt")
-        progress(f"reading Debian's package list for {arch}")
+        apt = _Apt(_arch(flavour), work / "apt")
+        progress(f"reading Debian's package list for {_arch(flavour)}")
         apt.run("apt-get", "update", "-q")
-        names = [apt.dependency(KERNEL_PACKAGES[arch]), "busybox-static"]
+        names = [apt.dependency(KERNEL_PACKAGES[flavour]), "busybox-static"]
         debs = work / "debs"
         debs.mkdir()
-        progress(f"fetching {' and '.join(names)} ({arch})")
+        progress(f"fetching {' and '.join(names)} ({_arch(flavour)})")
         apt.run("apt-get", "download", "-q", *names, cwd=debs)
         tree = work / "root"
         for deb in debs.glob("*.deb"):
