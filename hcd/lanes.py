@@ -22,6 +22,7 @@ from hcd.dataplane.bell import Bell
 from hcd.dataplane.reactor import Reactor
 from hcd.dataplane.virtqueue import Virtqueue
 from hcd.device import DeviceBase, Handle
+from hcd.log import RateLimited
 
 __all__ = ["AsyncVirtqueue", "BellHandle", "Lanes", "QueueLane", "ReactorLane", "TrioLane", "open_lanes"]
 

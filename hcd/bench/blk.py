@@ -6,12 +6,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from hcd_protocols.virtio.features import BlkFeature
+
 from hcd.bench.load import MIX, READ, WRITE_ALL, BlkLoad
 from hcd.bench.peer import Peer
 from hcd.errors import ConfigError
 from hcd.frontend.blk import BLOCK_FEATURES, read_config
 from hcd.frontend.client import Frontend
-from hcd_protocols.virtio.features import BlkFeature
 
 __all__ = ["BlkCase", "BlkResult", "run"]
 
