@@ -141,7 +141,7 @@ class DoorbellHost(HostBase):
         known = _path(item.place) in doorbell.by_path
         doorbell.set_path(_path(item.place), PathSource.REGISTERED, kind=_kind(item))
         if not known:
-            self._hot.add_doorbell(self.spec.name, item.name, doorbell.path, doorbell.stats)
+            self._hot.add_doorbell(self.spec.name, item.name, doorbell.path.value, doorbell.stats)
         if item.name not in self._known:
             self._known[item.name] = doorbell
             self._registry.add(doorbell)
