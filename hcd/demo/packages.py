@@ -22,8 +22,8 @@ __all__ = ["GuestFiles", "MissingToolError", "cache_directory", "guest_files"]
 
 Progress = Callable[[str], None]
 
-#: what to boot -> the package that depends on the newest kernel of that flavour. The cloud kernel is small; the full one
-#: has the modules that it leaves out (9p, KVM for processors that QEMU emulates).
+#: what to boot -> the package that depends on the newest kernel of that flavour. The cloud kernel is small; the full
+#: one has what it leaves out: 9p, for one.
 KERNEL_PACKAGES = {
     "amd64": "linux-image-cloud-amd64",
     "amd64-full": "linux-image-amd64",

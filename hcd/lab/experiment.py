@@ -121,7 +121,9 @@ class Experiment:
             if target.why:
                 continue
             share = _share(trips if target.measure == TRIP else rings, number)
-            if share:
+            if not number:
+                share -= 1  # the probe was one
+            if share > 0:
                 ticks = self._ring(target, share, 2 + share * _SLOWEST_RING)
                 if number and not target.why:
                     target.ticks.extend(ticks)

@@ -48,7 +48,7 @@ def histogram_rows(row: Row, ring: Mapping[str, str], before: Scrape, after: Scr
     row.mean = _mean(_RING_SECONDS, ring, before, after) + dispatch
     row.per_second = 1 / row.mean
     row.quantiles = {f"{q:g}": interpolate(buckets, q) + dispatch for q in QUANTILES}
-    row.note = f"from hcd's histogram, interpolated; {dispatch * 1e6:.2f} us of it from wake-up to handler"
+    row.note = f"from hcd's histogram, interpolated; the last {dispatch * 1e6:.2f} us are those from wake-up to handler"
 
 
 def interpolate(buckets: Buckets, q: float) -> float:

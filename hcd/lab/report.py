@@ -10,7 +10,7 @@ from hcd.lab.results import EXIT, HISTORY, RING, TRIP, Count, Historic, Report, 
 __all__ = ["render"]
 
 _TITLES = {
-    EXIT: "exit: one ring, as it holds the guest up. Taking the time itself is subtracted.",
+    EXIT: "exit: one ring, as it holds the guest up, hcd's eventfd signalled. Taking the time is subtracted.",
     RING: "ring: from the guest's stamp to the entry of hcd's handler.",
     TRIP: "round trip: ring, handler, interrupt, guest sees it.",
 }
@@ -43,8 +43,8 @@ def _measure(measure: str, rows: Sequence[Row]) -> str:
             lines += _wrapped(f"  {row.path} {row.kind}: ", row.why)
     if measure == EXIT:
         lines += _unmatched(mine)
-    notes = dict.fromkeys(row.note for row in mine if row.note)
-    return "\n".join([*lines, *(f"  {note}" for note in notes)])
+    lines += [f"  {row.path} {row.kind}: {row.note}" for row in mine if row.note]
+    return "\n".join(lines)
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from hcd.doorbell import Doorbell, PathSource
+from hcd.lab.results import load_saved
 from hcd.metrics.names import BY_NAME
 from hcd.version import VERSION
 
@@ -60,7 +61,7 @@ class ColdCollector(Collector):
         yield self._per_host("hcd_guest_errors_total", lambda host: host.guest_errors)
         yield self._per_host("hcd_handler_errors_total", lambda host: host.handler_errors)
         yield self._per_host("hcd_path_conflicts", lambda host: host.path_conflict)
-        yield _family("hcd_path_cost_seconds")  # fed by the path experiment
+        yield self._path_costs()
         build = _family("hcd_build_info")
         build.add_metric([VERSION, platform.python_version()], 1)
         yield build
@@ -85,6 +86,13 @@ class ColdCollector(Collector):
         for bell in self._doorbells:
             if bell.source is PathSource.REGISTERED:
                 family.add_metric([bell.device, bell.queue, bell.path], int(bool(bell.registered)))
+        return family
+
+    def _path_costs(self) -> Metric:
+        """Read at each scrape: the experiment may run beside a daemon."""
+        family = _family("hcd_path_cost_seconds")
+        for labels, seconds in sorted(load_saved().items()):
+            family.add_metric(labels, seconds)
         return family
 
     def _per_host(self, name: str, value: Callable[[HostView], int]) -> Metric:
