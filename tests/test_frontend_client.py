@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -65,12 +64,9 @@ class StorageDaemon:
 
 
 @pytest.fixture
-def storage(tmp_path: Path) -> Iterator[StorageDaemon]:
-    if shutil.which("qemu-storage-daemon") is None:
-        if os.environ.get("HCD_REQUIRE") == "1":
-            pytest.fail("qemu-storage-daemon is not installed")
-        pytest.skip("qemu-storage-daemon is not installed")
-    daemon = StorageDaemon(tmp_path)
+def storage(short_dir: Path, need: Callable[..., None]) -> Iterator[StorageDaemon]:
+    need("qemu-storage-daemon")
+    daemon = StorageDaemon(short_dir)
     yield daemon
     daemon.close()
 

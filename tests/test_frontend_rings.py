@@ -209,9 +209,17 @@ class RingMachine(RuleBasedStateMachine):
         if hasattr(self, "memory"):
             self.memory.close()
 
-    buffers = st.lists(st.tuples(st.integers(1, 2**64 - 1), st.integers(0, 2**32 - 1)), max_size=4)
+    # What is in a buffer does not matter, so few kinds are drawn; how events follow each other does.
+    buffers = st.lists(st.sampled_from([(1, 0), (2**64 - 1, 2**32 - 1), (0x1000, 512)]), max_size=3)
+    chains = st.lists(st.tuples(buffers, buffers, st.booleans()), min_size=1, max_size=6)
 
-    @rule(readable=buffers, writable=buffers, indirect=st.booleans())
+    @rule(chains=chains, publish=st.booleans())
+    def add_several(self, chains: list[tuple[Buffers, Buffers, bool]], publish: bool) -> None:
+        for readable, writable, indirect in chains:
+            self.add(readable, writable, indirect)
+        if publish:
+            self.publish_and_kick()
+
     def add(self, readable: Buffers, writable: Buffers, indirect: bool) -> None:
         count = len(readable) + len(writable)
         if not count:
@@ -241,7 +249,11 @@ class RingMachine(RuleBasedStateMachine):
         if kick:
             self.device_awaits_kick = False
 
-    @rule()
+    @rule(most=st.integers(1, 8))
+    def device_takes_some(self, most: int) -> None:
+        for _ in range(min(most, len(self.published) + 1)):
+            self.device_takes_one()
+
     def device_takes_one(self) -> None:
         chain = self.device.pop()
         if not self.published:
@@ -269,9 +281,10 @@ class RingMachine(RuleBasedStateMachine):
     def device_finishes_some(self, data: st.DataObject) -> None:
         if not self.at_device:
             return
+        count = data.draw(st.integers(1, len(self.at_device)))
         if self.in_order:
-            self._finish_batch(data.draw(st.integers(1, len(self.at_device))), data)
-        else:
+            self._finish_batch(count, data)
+        for _ in range(0 if self.in_order else count):
             token, chain = self.at_device.pop(data.draw(st.integers(0, len(self.at_device) - 1)))
             written = self._written(chain, data)
             self.device.finish(chain, written)
@@ -501,5 +514,5 @@ def test_the_allocator_hands_out_disjoint_aligned_pieces_until_nothing_is_left()
 
 TestSplitRing = RingMachine.TestCase
 TestPackedRing = PackedMachine.TestCase
-TestSplitRing.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
-TestPackedRing.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestSplitRing.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
+TestPackedRing.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
