@@ -26,7 +26,7 @@ from pathlib import Path
 
 from hcd.demo.packages import GuestFiles, MissingToolError
 
-__all__ = ["BUS_PATHS", "MACHINES", "Machine", "Vm", "accelerator", "block", "chardev", "net", "rng"]
+__all__ = ["BUS_PATHS", "MACHINES", "Machine", "Vm", "accelerator", "block", "chardev", "net", "rng", "share"]
 
 #: bus -> the path by which its doorbells leave the guest
 BUS_PATHS = {"legacy": "pio", "modern": "mmio", "pio": "pio", "mmio": "mmio", "ccw": "hypercall"}
@@ -78,10 +78,12 @@ class Vm:
     """A virtual machine to start. ``devices`` are arguments as ``block``, ``net`` and ``rng`` return them.
 
     ``qmp`` are sockets on which QEMU listens; each serves one client at a time, so hcd and a test want their
-    own.
+    own. ``accel`` and ``cpu`` replace what is chosen otherwise.
     """
 
     machine: str = "q35"
+    accel: str = ""
+    cpu: str = ""
     memory_mib: int = 256
     cpus: int = 1
     devices: list[str] = field(default_factory=list)
@@ -99,7 +101,8 @@ class Vm:
         if program is None:
             raise MissingToolError(f"{kind.program} is missing (Debian package {kind.package})")
         arguments = [program, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
-        arguments += ["-machine", f"{kind.options},memory-backend=ram", "-accel", accelerator(kind.arch)]
+        arguments += ["-machine", f"{kind.options},memory-backend=ram", "-accel", self.accel or accelerator(kind.arch)]
+        arguments += ["-cpu", self.cpu] if self.cpu else []
         arguments += ["-smp", str(self.cpus), "-m", f"{self.memory_mib}M"]
         arguments += ["-object", f"memory-backend-memfd,id=ram,size={self.memory_mib}M,share=on"]
         arguments += ["-chardev", "stdio,id=console,signal=off", *self._console()]
@@ -126,6 +129,13 @@ class Vm:
         if self.kind.arch == "amd64":
             words += ["reboot=t", "no_timer_check", "tsc=reliable"]
         return " ".join([*words, self.kernel_options]).strip()
+
+
+def share(tag: str, directory: Path | str, *, writable: bool = False) -> list[str]:
+    """A directory of the host that the guest mounts by ``tag`` (9p)."""
+    access = "off" if writable else "on"
+    backend = f"local,id={tag},path={directory},security_model=none,multidevs=remap,readonly={access}"
+    return ["-fsdev", backend, "-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}"]
 
 
 def chardev(ident: str, socket: Path | str) -> list[str]:

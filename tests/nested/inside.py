@@ -1,0 +1,39 @@
+"""Runs inside the guest: one hcd with a device that counts and one that answers, and the lab on both.
+
+Arguments: a directory for the results, rings, round trips. What the host compares is written there: ``lab.json``,
+``lab.txt`` and the daemon's ``metrics.txt``.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from hcd.demo.hcd_process import HcdProcess
+from hcd.lab.devices import configuration
+
+
+def main(results: Path, rings: str, trips: str) -> int:
+    with tempfile.TemporaryDirectory(prefix="hcd-", dir="/tmp") as name:
+        directory = Path(name)
+        text, sockets = configuration(directory)
+        with HcdProcess.from_config(directory, text) as hcd:
+            status = lab(results, [*sockets], str(hcd.metrics_at), rings, trips)
+            (results / "metrics.txt").write_text(hcd.metrics().text)
+        shutil.copy(hcd.log, results / "hcd.log")
+    return status
+
+
+def lab(results: Path, sockets: list[Path], metrics: str, rings: str, trips: str) -> int:
+    command = [sys.executable, "-m", "hcd", "lab", "--rings", rings, "--trips", trips]
+    command += [f"--socket={socket}" for socket in sockets]
+    command += [f"--metrics=unix:{metrics}", f"--json={results / 'lab.json'}"]
+    with (results / "lab.txt").open("wb") as output:
+        return subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3]))
