@@ -77,12 +77,12 @@ class Guest:
         deadline = time.monotonic() + timeout
         with self._changed:
             while key not in self.values:
+                if key != "status" and "status" in self.values:
+                    raise self._failure(f"finished with status {self.values['status']} and never said {key!r}")
                 if self._fatal or self._ended:
                     raise self._failure(
                         self._fatal or f"ended (exit status {self.process.wait()}) before it said {key!r}"
                     )
-                if key != "status" and "status" in self.values:
-                    raise self._failure(f"finished with status {self.values['status']} and never said {key!r}")
                 left = deadline - time.monotonic()
                 if left <= 0 or not self._changed.wait(left):
                     raise self._failure(f"said no {key!r} within {timeout:g} s")

@@ -85,7 +85,7 @@ def bound(seconds: float | None) -> str:
         return ">1 s"
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= size:
-            return f"<={seconds / size:g} {unit}"
+            return f"<={seconds / size:.3g} {unit}"
     return f"<={seconds * 1e6:.3g} us"
 
 
