@@ -39,6 +39,8 @@ def main(argv: Sequence[str]) -> int:
             return _device(argv[1:])
         if argv and argv[0] == "lab":
             return _lab(argv[1:])
+        if argv and argv[0] == "bench":
+            return _bench(argv[1:])
         arguments = _parser().parse_args(argv)
         run: Callable[[argparse.Namespace], int] = arguments.run
         return run(arguments)
@@ -90,6 +92,7 @@ def _parser() -> _Parser:
     devices.set_defaults(run=_devices)
     commands.add_parser("device", help="serve one device (hcd device TYPE --help)", add_help=False)
     commands.add_parser("lab", help="measure what each path out of a guest costs here", add_help=False)
+    commands.add_parser("bench", help="load a vhost-user back end (hcd bench --help)", add_help=False)
     return parser
 
 
@@ -97,7 +100,15 @@ def _add_log_level(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-level", choices=_LEVELS, default="info", help="default info")
 
 
-# -- lab
+# -- bench, lab
+
+
+def _bench(argv: Sequence[str]) -> int:
+    from hcd.bench import cli as bench
+
+    parser = _Parser(prog="hcd bench", description=bench.DESCRIPTION, allow_abbrev=False)
+    bench.add_arguments(parser)
+    return bench.run(parser.parse_args(argv))
 
 
 def _lab(argv: Sequence[str]) -> int:

@@ -14,7 +14,7 @@ from hcd.errors import ConfigError
 from hcd.frontend.blk import BLOCK_FEATURES, read_config
 from hcd.frontend.client import Frontend
 
-__all__ = ["BlkCase", "BlkResult", "run"]
+__all__ = ["BlkCase", "BlkResult", "run", "start"]
 
 RW = {"read": READ, "write": WRITE_ALL, "mix": MIX}
 SECTOR = 512
@@ -75,18 +75,26 @@ def ring_size(case: BlkCase) -> int:
 def run(case: BlkCase) -> BlkResult:
     """Load the back end at ``case.socket``. BackendError and TimeoutError when it fails; ConfigError for a case
     that it cannot take."""
+    if case.size % SECTOR or case.size <= 0:
+        raise ConfigError(f"requests of {case.size} bytes: expected a multiple of {SECTOR}")
     size = ring_size(case)
+    if size < 3 * case.depth:
+        raise ConfigError(f"depth {case.depth} needs a ring of {3 * case.depth} entries, not {size}")
     memory_size = (4 << 20) + case.queues * (case.depth * (case.size + 8192) + size * 64)
-    with Frontend.open(
-        case.socket,
-        queues=case.queues,
-        size=size,
-        memory_size=memory_size,
-        packed=case.packed,
-        event_idx=case.event_idx,
-        device=int(BLOCK_FEATURES),
-    ) as frontend:
+    with Frontend(case.socket, memory_size=memory_size) as frontend:
+        frontend.negotiate(packed=case.packed, event_idx=case.event_idx, device=int(BLOCK_FEATURES))
+        start(frontend, case.queues, size)
         return _load(case, frontend)
+
+
+def start(frontend: Frontend, queues: int, size: int) -> None:
+    """Everything between negotiation and load. ConfigError when the back end has fewer queues."""
+    if queues > frontend.max_queues:
+        raise ConfigError(f"the back end has {frontend.max_queues} queue(s), not {queues}")
+    frontend.share_memory()
+    for index in range(queues):
+        frontend.start_queue(index, size)
+    frontend.driver_ok()
 
 
 def _load(case: BlkCase, frontend: Frontend) -> BlkResult:
@@ -95,7 +103,7 @@ def _load(case: BlkCase, frontend: Frontend) -> BlkResult:
     span = min(case.span or disk, disk) // case.size * case.size
     if span == 0:
         raise ConfigError(f"the disk has {disk} bytes: too small for requests of {case.size}")
-    if case.rw != "read" and frontend.features & BlkFeature.RO:
+    if (case.rw != "read" or case.verify) and frontend.features & BlkFeature.RO:
         raise ConfigError("the disk is read-only")
     peer = Peer(frontend.link.sock)
     queues = [frontend.queues[i] for i in range(case.queues)]
@@ -116,15 +124,15 @@ def _load(case: BlkCase, frontend: Frontend) -> BlkResult:
 
 
 def _result(case: BlkCase, load: BlkLoad, cpu: float, memory: int) -> BlkResult:
-    counts, latency = load.counts(), load.latency()
+    counts = load.counts()
     requests = counts["requests"] or 1
     return BlkResult(
         requests=counts["requests"],
         seconds=case.seconds,
         per_second=counts["requests"] / case.seconds,
-        p50=latency.quantile(0.5) / 1e9,
-        p99=latency.quantile(0.99) / 1e9,
-        p999=latency.quantile(0.999) / 1e9,
+        p50=load.quantile(0.5),
+        p99=load.quantile(0.99),
+        p999=load.quantile(0.999),
         kicks_per_request=counts["kicks"] / requests,
         calls_per_request=counts["calls"] / requests,
         errors=counts["errors"],

@@ -7,51 +7,17 @@ driven as Linux drives them: completions are taken until none is left, resubmitt
 device is rung if it asked for that. Asleep, the loop waits on the call eventfds.
 """
 
-from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
-from hcd.dataplane._atomics cimport (
-    hcd_fence,
-    hcd_load16,
-    hcd_load16_acquire,
-    hcd_now,
-    hcd_relax,
-    hcd_store16,
-    hcd_store16_release,
-)
-from hcd.dataplane.stats cimport Histogram, hist_add, hist_t
-
-cdef extern from "<poll.h>" nogil:
-    struct pollfd:
-        int fd
-        short events
-        short revents
-    int poll(pollfd *fds, unsigned long n, int timeout)
-    short POLLIN
-
-cdef extern from "<unistd.h>" nogil:
-    ssize_t read(int fd, void *buf, size_t n)
-    ssize_t write(int fd, const void *buf, size_t n)
+include "_driver.pxi"
 
 cdef enum:
-    NEXT = 1
-    WRITE = 2
-    AVAIL = 0x80
-    USED = 0x8000
     SECTOR = 512
-    MAX_QUEUES = 64
-    STALL_MS = 5000
 
 READ, WRITE_ALL, MIX = 0, 1, 2
 
-
-ctypedef struct desc_t:
-    uint64_t addr
-    uint32_t len
-    uint16_t a                # split: flags; packed: id
-    uint16_t b                # split: next;  packed: flags
 
 ctypedef struct slot_t:
     uint64_t submitted        # CLOCK_MONOTONIC, ns
@@ -64,43 +30,9 @@ ctypedef struct slot_t:
     uint64_t gpa_status
     bint reads
 
-ctypedef struct queue_t:
-    uint32_t size
-    bint packed
-    bint event_idx
-    desc_t *desc
-    char *driver
-    char *device
-    int kick
-    int call
-    uint16_t next_avail       # split: index; packed: slot
-    uint16_t published
-    uint16_t last_used
-    bint avail_wrap
-    bint used_wrap
-    uint16_t batch            # packed: chains since the last publication
-    int head                  # packed: first slot of the unpublished batch, -1
-    uint16_t head_flags
-    uint16_t asked            # where the device was asked to be rung for last
-    slot_t *slots
-    uint64_t kicks
-    uint64_t calls
-    uint64_t requests
-    uint64_t errors
-    uint64_t mismatches
 
-
-cdef inline uint64_t xorshift(uint64_t *state) noexcept nogil:
-    cdef uint64_t x = state[0]
-    x ^= x << 13
-    x ^= x >> 7
-    x ^= x << 17
-    state[0] = x
-    return x
-
-
-cdef inline bint need_event(uint16_t event, uint16_t new, uint16_t old) noexcept nogil:
-    return <uint16_t>(new - event - 1) < <uint16_t>(new - old)
+cdef inline slot_t *slots(queue_t *q) noexcept nogil:
+    return <slot_t *>q.slots
 
 
 cdef void fill_pattern(char *data, uint64_t offset, uint64_t size) noexcept nogil:
@@ -120,31 +52,9 @@ cdef bint has_pattern(const char *data, uint64_t offset, uint64_t size) noexcept
     return True
 
 
-cdef inline uint16_t packed_flags(queue_t *q, uint16_t flags) noexcept nogil:
-    return flags | (AVAIL if q.avail_wrap else USED)
-
-
-cdef inline void packed_put(queue_t *q, uint64_t addr, uint32_t length, uint16_t ident, uint16_t flags,
-                            bint first) noexcept nogil:
-    cdef desc_t *d = &q.desc[q.next_avail]
-    d.addr = addr
-    d.len = length
-    d.a = ident
-    flags = packed_flags(q, flags)
-    if first and q.head < 0:
-        q.head = q.next_avail
-        q.head_flags = flags
-    else:
-        hcd_store16_release(&d.b, flags)
-    q.next_avail += 1
-    if q.next_avail == q.size:
-        q.next_avail = 0
-        q.avail_wrap = not q.avail_wrap
-
-
 cdef void submit(queue_t *q, uint32_t i, uint32_t size) noexcept nogil:
     """Make slot ``i`` available; its header is filled in."""
-    cdef slot_t *s = &q.slots[i]
+    cdef slot_t *s = &slots(q)[i]
     cdef uint16_t data_flags = NEXT | (WRITE if s.reads else 0)
     s.status[0] = 0xff
     if q.packed:
@@ -156,93 +66,6 @@ cdef void submit(queue_t *q, uint32_t i, uint32_t size) noexcept nogil:
     q.desc[3 * i + 1].a = data_flags
     hcd_store16(q.driver + 4 + 2 * (q.next_avail & (q.size - 1)), 3 * i)
     q.next_avail += 1
-
-
-cdef void publish(queue_t *q) noexcept nogil:
-    """Let the device see what was submitted, and ring if it asked for that."""
-    cdef uint64_t one = 1
-    cdef bint ring
-    cdef uint16_t old, off_wrap, event, flags
-    if q.packed:
-        if q.head < 0:
-            return
-        hcd_store16_release(&q.desc[q.head].b, q.head_flags)
-        q.head = -1
-        hcd_fence()
-        flags = hcd_load16_acquire(q.device + 2)
-        off_wrap = hcd_load16(q.device)
-        old = <uint16_t>(q.next_avail - q.batch)
-        q.batch = 0
-        ring = flags == 0
-        if flags == 2:
-            event = off_wrap & 0x7fff
-            if (off_wrap >> 15) != q.avail_wrap:
-                event -= q.size
-            ring = need_event(event, q.next_avail, old)
-    else:
-        if q.published == q.next_avail:
-            return
-        old = q.published
-        q.published = q.next_avail
-        hcd_store16_release(q.driver + 2, q.next_avail)
-        hcd_fence()
-        if q.event_idx:
-            ring = need_event(hcd_load16(q.device + 4 + 8 * q.size), q.next_avail, old)
-        else:
-            ring = not hcd_load16(q.device) & 1
-    if ring:
-        write(q.kick, &one, 8)
-        q.kicks += 1
-
-
-cdef int take(queue_t *q) noexcept nogil:
-    """The slot of one used chain, or -1."""
-    cdef uint16_t flags
-    cdef desc_t *d
-    cdef uint32_t ident
-    if q.packed:
-        d = &q.desc[q.last_used]
-        flags = hcd_load16_acquire(&d.b)
-        if ((flags & AVAIL) != 0) != q.used_wrap or ((flags & USED) != 0) != q.used_wrap:
-            return -1
-        ident = d.a
-        q.last_used += 3
-        if q.last_used >= q.size:
-            q.last_used -= q.size
-            q.used_wrap = not q.used_wrap
-        return ident
-    if hcd_load16_acquire(q.device + 2) == q.last_used:
-        return -1
-    memcpy(&ident, q.device + 4 + 8 * (q.last_used & (q.size - 1)), 4)
-    q.last_used += 1
-    return ident / 3
-
-
-cdef bint arm(queue_t *q) noexcept nogil:
-    """Ask for a call at the next used chain; whether one is there already."""
-    if q.packed:
-        hcd_store16(q.driver, q.last_used | (0x8000 if q.used_wrap else 0))
-        hcd_store16_release(q.driver + 2, 2 if q.event_idx else 0)
-    elif q.event_idx:
-        hcd_store16(q.driver + 4 + 2 * q.size, q.last_used)
-    else:
-        hcd_store16(q.driver, 0)
-    hcd_fence()
-    if q.packed:
-        return packed_used(q)
-    return hcd_load16(q.device + 2) != q.last_used
-
-
-cdef inline bint packed_used(queue_t *q) noexcept nogil:
-    cdef uint16_t flags = hcd_load16(&q.desc[q.last_used].b)
-    return ((flags & AVAIL) != 0) == q.used_wrap and ((flags & USED) != 0) == q.used_wrap
-
-
-cdef void disarm(queue_t *q) noexcept nogil:
-    if q.packed:
-        hcd_store16(q.driver + 2, 1)
-    elif not q.event_idx:
-        hcd_store16(q.driver, 1)
 
 
 cdef class BlkLoad:
@@ -260,7 +83,7 @@ cdef class BlkLoad:
     cdef bint polls
     cdef bint verifies
     cdef uint64_t random
-    cdef hist_t latencies
+    cdef latencies_t latencies
     cdef list keep
 
     def __cinit__(self, queues, int depth, int size, uint64_t span, int rw, bint polls, bint verifies, uint64_t seed=1):
@@ -288,16 +111,8 @@ cdef class BlkLoad:
         cdef uint32_t i
         if 3 * self.depth > ring.size:
             raise ValueError(f"depth {self.depth} needs a ring of {3 * self.depth} entries, this one has {ring.size}")
-        q.size = ring.size
-        q.packed = ring.packed
-        q.event_idx = ring.event_idx
-        q.desc = <desc_t *>self.address(memory, ring.desc, 16 * ring.size)
-        q.driver = self.address(memory, ring.driver, 4 if ring.packed else 6 + 2 * ring.size)
-        q.device = self.address(memory, ring.device, 4 if ring.packed else 6 + 8 * ring.size)
-        q.kick, q.call = queue.kick_fd, queue.call_fd
-        q.avail_wrap = q.used_wrap = True
-        q.head = -1
-        q.slots = <slot_t *>calloc(self.depth, sizeof(slot_t))
+        adopt_ring(q, queue, self.keep)
+        q.slots = calloc(self.depth, sizeof(slot_t))
         if q.slots == NULL:
             raise MemoryError
         for i in range(self.depth):
@@ -305,12 +120,12 @@ cdef class BlkLoad:
         return 0
 
     cdef int make_slot(self, queue_t *q, memory, uint32_t i) except -1:
-        cdef slot_t *s = &q.slots[i]
+        cdef slot_t *s = &slots(q)[i]
         s.gpa_header = memory.alloc(64, 64)
         s.gpa_data = memory.alloc(self.size, 4096)
         s.gpa_status = s.gpa_header + 32
-        s.header = self.address(memory, s.gpa_header, 64)
-        s.data = self.address(memory, s.gpa_data, self.size)
+        s.header = address(self.keep, memory, s.gpa_header, 64)
+        s.data = address(self.keep, memory, s.gpa_data, self.size)
         s.status = <uint8_t *>s.header + 32
         if not q.packed:
             self.describe(&q.desc[3 * i], s.gpa_header, 16, NEXT, 3 * i + 1)
@@ -323,11 +138,6 @@ cdef class BlkLoad:
         d.len = length
         d.a = flags
         d.b = follows
-
-    cdef char *address(self, memory, uint64_t gpa, uint64_t size) except NULL:
-        cdef uint8_t[::1] view = memory.view(gpa, size)
-        self.keep.append(view)
-        return <char *>&view[0]
 
     cdef void prepare(self, slot_t *s, int64_t sequential) noexcept nogil:
         """The next request of a slot: ``sequential`` names the block, -1: a random one."""
@@ -347,15 +157,16 @@ cdef class BlkLoad:
     cdef int reap(self, queue_t *q, uint64_t deadline, uint64_t *left) noexcept nogil:
         """Take what is used; submit as many again while time (``deadline``) or blocks (``left``) last."""
         cdef int i, n = 0
+        cdef uint32_t written
         cdef slot_t *s
         cdef uint64_t now
         while True:
-            i = take(q)
+            i = take(q, 3, &written)
             if i < 0:
                 break
-            s = &q.slots[i]
+            s = &slots(q)[i]
             now = hcd_now()
-            hist_add(&self.latencies, now - s.submitted)
+            note(&self.latencies, now - s.submitted)
             q.requests += 1
             if s.status[0] != 0:
                 q.errors += 1
@@ -401,10 +212,10 @@ cdef class BlkLoad:
                         if left[0] == 0:
                             break
                         left[0] -= 1
-                        self.prepare(&q.slots[k], left[0])
+                        self.prepare(&slots(q)[k], left[0])
                     else:
-                        self.prepare(&q.slots[k], -1)
-                    q.slots[k].submitted = hcd_now()
+                        self.prepare(&slots(q)[k], -1)
+                    slots(q)[k].submitted = hcd_now()
                     submit(q, k, self.size)
                     inflight += 1
                 publish(q)
@@ -448,8 +259,8 @@ cdef class BlkLoad:
         cdef uint64_t newest = 0
         for i in range(self.n):
             for k in range(self.depth):
-                if self.queues[i].slots[k].submitted > newest:
-                    newest = self.queues[i].slots[k].submitted
+                if slots(&self.queues[i])[k].submitted > newest:
+                    newest = slots(&self.queues[i])[k].submitted
         return hcd_now() - newest > <uint64_t>STALL_MS * 1000000
 
     cdef int sleep(self) noexcept nogil:
@@ -475,13 +286,13 @@ cdef class BlkLoad:
     def forget(self):
         """Start counting anew: what came so far was the warm-up."""
         cdef int i
-        memset(&self.latencies, 0, sizeof(hist_t))
+        memset(&self.latencies, 0, sizeof(latencies_t))
         for i in range(self.n):
             self.queues[i].requests = self.queues[i].kicks = self.queues[i].calls = 0
 
-    def latency(self):
-        """A histogram of the latencies."""
-        return Histogram.view(&self.latencies, self)
+    def quantile(self, double q):
+        """Of the latencies, in seconds."""
+        return quantile_of(&self.latencies, q) / 1e9
 
     def counts(self):
         """requests, errors, mismatches, kicks, calls; summed over the queues."""
