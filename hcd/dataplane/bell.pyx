@@ -25,11 +25,19 @@ cdef extern from "_tsc.h" nogil:
     uint64_t hcd_tsc()
     uint64_t hcd_load64(const void *p)
 
+from hcd.dataplane.virtqueue cimport nudge
+
 cdef extern from "<unistd.h>" nogil:
     ssize_t read(int fd, void *buf, size_t n)
     ssize_t write(int fd, const void *buf, size_t n)
 
 HAS_TSC = bool(HCD_HAS_TSC)
+
+
+def tsc():
+    """The time-stamp counter now; 0 where there is none."""
+    return hcd_tsc()
+
 
 cdef double LONGEST_NS = 10e9     # a stamp that is older is no stamp of this ring
 
@@ -82,9 +90,13 @@ cdef class Bell:
 
     cdef uint64_t collect(self, uint64_t woken) except? 0xffffffffffffffff:
         cdef uint64_t value = 0
-        cdef ssize_t n = read(self.fd, &value, 8)
+        cdef ssize_t n
+        nudge()
+        n = read(self.fd, &value, 8)
         if n != 8:
-            if n < 0 and errno != EAGAIN and errno != EINTR:
+            if n < 0 and errno == EINTR:
+                raise OSError(errno, f"doorbell {self.name}: the VMM made its eventfd block")
+            if n < 0 and errno != EAGAIN:
                 raise OSError(errno, f"doorbell {self.name}: {os.strerror(errno)}")
             return 0
         self.woken = woken
@@ -144,9 +156,13 @@ cdef class Interrupt:
         if self.fd < 0:
             self.stats.absent += 1
             return False
+        nudge()
         if write(self.fd, &one, 8) == 8:
             self.stats.sent += 1
         elif errno == EAGAIN:
+            self.stats.pending += 1
+        elif errno == EINTR:
+            self.fd = -1              # the VMM made it block: it is not signalled again
             self.stats.pending += 1
         else:
             self.stats.absent += 1

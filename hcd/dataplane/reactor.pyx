@@ -29,7 +29,7 @@ from libc.stdlib cimport free, realloc
 
 from hcd.dataplane._atomics cimport hcd_flag_load, hcd_flag_store, hcd_now, hcd_relax
 from hcd.dataplane.bell cimport Bell
-from hcd.dataplane.virtqueue cimport Virtqueue, ring_has_work, vring_t
+from hcd.dataplane.virtqueue cimport Virtqueue, nudge_end, ring_has_work, vring_t
 
 cdef extern from "<sys/epoll.h>" nogil:
     ctypedef union epoll_data_t:
@@ -245,6 +245,7 @@ cdef class Reactor:
                 self.gone.clear()
         self.run_posted()
         self.flush_dirty()
+        nudge_end()
 
     cdef int round(self) except -1:
         """One turn for every queue that is ready, then a look at the fds."""

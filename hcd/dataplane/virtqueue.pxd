@@ -156,3 +156,5 @@ cdef class Virtqueue:
     cpdef bint available(self) except -1
 
 cdef bint ring_has_work(vring_t *r) noexcept nogil
+cdef void nudge() noexcept nogil
+cdef void nudge_end() noexcept nogil

@@ -14,6 +14,7 @@ Theory of operation.
   and looking at the ring again another (2.7.7, 2.7.10): both sides could otherwise go to sleep.
 * While requests are taken, the driver is asked not to kick: without EVENT_IDX by a flag, with it by leaving the event
   index where it is, behind.
+* The eventfds are shared with the front end, which can make them block: _nudge.h says how a call gets out again.
 * ``generation`` counts set-ups: a request that outlived its ring (a drain that timed out) is settled and forgotten.
 """
 
@@ -67,6 +68,10 @@ cdef extern from "<unistd.h>" nogil:
     ssize_t read(int fd, void *buf, size_t n)
     ssize_t write(int fd, const void *buf, size_t n)
 
+cdef extern from "_nudge.h" nogil:
+    void hcd_nudge()
+    void hcd_nudge_end()
+
 cdef extern from "Python.h":
     Py_ssize_t Py_REFCNT(PyObject *o)
 
@@ -86,6 +91,16 @@ include "_ring.pxi"
 include "_split.pxi"
 include "_packed.pxi"
 include "_request.pxi"
+
+
+cdef void nudge() noexcept nogil:
+    """See _nudge.h: to be called before a read or write of an eventfd that somebody else shares."""
+    hcd_nudge()
+
+
+cdef void nudge_end() noexcept nogil:
+    """The calling thread makes no more such calls."""
+    hcd_nudge_end()
 
 
 cdef bint ring_has_work(vring_t *r) noexcept nogil:
@@ -191,6 +206,10 @@ cdef class Virtqueue:
         # DPDK's virtio-user leaves the used half zero; QEMU fills both (facts: 0x00008000 and 0x80008000).
         if base >> 16 == 0 and base & 0x8000:
             base |= base << 16
+        # User-mode Linux sends 0 for a new ring too, whose wrap counters are 1 all the same. 0 is also where a ring
+        # stands after every second lap, but then its first descriptor is marked used from the lap before.
+        elif base == 0 and not hcd_load16(r.desc + 14) & PACKED_USED:
+            base = 0x80008000
         r.last_avail = base & 0x7fff
         r.avail_wrap = (base >> 15) & 1
         r.next_used = (base >> 16) & 0x7fff
@@ -380,6 +399,7 @@ cdef class Virtqueue:
         self.update_running()
         self.stats.c.guest_errors += 1
         if self.err_fd >= 0:
+            hcd_nudge()
             write(self.err_fd, &one, 8)
         if self.on_error is not None:
             self.on_error(self, GuestError(why))
@@ -533,11 +553,15 @@ cdef class Virtqueue:
             self.stats.c.absent += 1
             self.call_owed = True
             return 0
+        hcd_nudge()
         n = write(self.call_fd, &one, 8)
         if n == 8:
             self.stats.c.sent += 1
         elif n < 0 and errno == EAGAIN:
             self.stats.c.pending += 1
+        elif n < 0 and errno == EINTR:
+            self.stats.c.pending += 1
+            self.break_ring("the front end made the call eventfd block")
         else:
             self.stats.c.absent += 1
         return 0
@@ -550,9 +574,13 @@ cdef class Virtqueue:
         cdef ssize_t n
         if self.kick_fd < 0:
             return 0
+        hcd_nudge()
         n = read(self.kick_fd, &value, 8)
         if n != 8:
-            if n < 0 and (errno == EAGAIN or errno == EINTR):
+            if n < 0 and errno == EAGAIN:
+                return 0
+            if n < 0 and errno == EINTR:
+                self.break_ring("the front end made the kick eventfd block")
                 return 0
             self.break_ring(f"the kick fd fails: {os.strerror(errno) if n < 0 else 'it was closed'}")
             return 0

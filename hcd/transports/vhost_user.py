@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import array
 import fcntl
+import logging
 import os
 import socket
 import termios
@@ -147,7 +148,7 @@ class _Session:
         host = self.host
         self._backend = await host.lane.run(lambda: Backend(host))
         host.connected = True
-        host.log.info("front end connected (pid %s)", self.peer)
+        host.rare_log.log(logging.INFO, "connections", "front end connected (pid %s)", self.peer)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch_memory, self._backend.alarm, nursery.cancel_scope)
@@ -170,7 +171,7 @@ class _Session:
             if cut.middle:
                 self._protocol_error("the front end hung up in the middle of a message")
             else:
-                host.log.info("front end disconnected")
+                host.rare_log.log(logging.INFO, "disconnections", "front end disconnected")
         except ProtocolError as error:
             self._protocol_error(str(error))
             await self._send_last()
@@ -413,7 +414,8 @@ class _Session:
     def _tell_migration(self) -> None:
         if not self._told_migration:
             self._told_migration = True
-            self.host.log.info("live migration is not offered yet: QEMU will refuse to migrate this guest")
+            self.host.rare_log.log(logging.INFO, "migration", "live migration is not offered yet: QEMU will refuse "
+                                   "to migrate this guest")
 
     # -- paths
 

@@ -441,7 +441,6 @@ def test_a_call_eventfd_that_is_full_does_not_stop_the_ring(hostile: Any) -> Non
             read_with_call(disk, n)
 
 
-@pytest.mark.xfail(reason="write(2) to the call eventfd blocks the reactor; no flag makes one write non-blocking")
 def test_a_call_eventfd_that_is_full_and_blocks_again_stops_nobody_else(hostile: Any) -> None:
     """O_NONBLOCK belongs to the open file, which the front end shares: it can take it away at any time."""
     with hostile.open() as frontend:
@@ -524,7 +523,6 @@ def test_a_second_front_end_is_refused_while_the_first_is_there(hostile: Any) ->
         hostile.expect_log("second front end")
 
 
-@pytest.mark.xfail(reason="each connection is worth a line of its own to the log")
 def test_a_front_end_that_comes_and_goes_leaves_nothing_and_says_little(hostile: Any) -> None:
     for _ in range(100):
         with hostile.frontend() as frontend:
