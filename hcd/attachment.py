@@ -32,6 +32,8 @@ from hcd.lanes import BellHandle
 
 __all__ = ["Attachment"]
 
+#: two names stand for this number; people know the other one
+_NAMES = {**errno.errorcode, errno.EOPNOTSUPP: "EOPNOTSUPP"}
 _REASONS = {
     errno.EEXIST: "the machine has a doorbell there already",
     errno.ENOSPC: "the kernel has no room for more of them",
@@ -143,7 +145,7 @@ class Attachment:
             return
         host.log.debug("doorbell %s (%s %s) is registered", item.name, doorbell.path, item)
         bell = Bell(item.name, self._fds[outcome.reference], doorbell.stats)
-        bell.handler, bell.on_error = host.device.ring, host.handler_failed
+        bell.handler, bell.on_error, bell.tag = host.device.ring, host.handler_failed, host.spec.name
         if item.stamp is not None and self._map is not None:
             bell.set_stamp(self._map, item.stamp)
             bell.set_clock(*self._clock)
@@ -288,5 +290,5 @@ def _tsc_is_constant() -> bool:
 
 
 def _explain(error: int) -> str:
-    name = errno.errorcode.get(error, f"errno {error}")
+    name = _NAMES.get(error, f"errno {error}")
     return f"{name} ({_REASONS.get(error) or os.strerror(error)})"

@@ -339,11 +339,12 @@ async def open_lanes(poll_us: float = 32) -> AsyncIterator[Lanes]:
     reactor = Reactor(poll_us)
     rare = RateLimited(_log, limit=1)
 
-    def slow(queue: Virtqueue, ns: int) -> None:
+    def slow(source: Virtqueue | Bell, ns: int) -> None:
+        what = f"queue {source.index}" if isinstance(source, Virtqueue) else f"doorbell {source.name}"
         rare.warning(
-            f"slow handlers of {queue.tag}",
-            "%s: the handler of queue %d took %.0f ms; every device of this process waited that long",
-            queue.tag, queue.index, ns / 1e6,
+            f"slow handlers of {source.tag}",
+            "%s: the handler of %s took %.0f ms; every device of this process waited that long",
+            source.tag, what, ns / 1e6,
         )
 
     reactor.on_slow = slow

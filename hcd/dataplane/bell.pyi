@@ -8,6 +8,8 @@ from hcd.dataplane.stats import DoorbellStats, InterruptStats
 #: whether this machine has a time-stamp counter that guests stamp rings with
 HAS_TSC: bool
 
+def tsc() -> int: ...  # the time-stamp counter now; 0 where there is none
+
 class Bell:
     """One doorbell that is being served. Its lane's thread alone touches it. The fd stays the caller's."""
 

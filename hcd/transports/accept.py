@@ -33,7 +33,7 @@ class Session(Protocol):
     def peer(self) -> int | str: ...
 
     def hung_up(self) -> bool:
-        """Whether the peer closed its end, even if hcd has not come round to it yet."""
+        """Whether the peer closed its end, even if hcd has not come round to it yet, or hcd is about to."""
 
     async def run(self) -> None:
         """Serve until the peer goes. Raises nothing."""
@@ -70,15 +70,21 @@ async def accept_one_at_a_time(
                         f"a second {what}",
                         "a second %s was refused: one is connected already (pid %s)", what, session.peer,
                     )
-                    if refuse is not None:
-                        await refuse(sock)
-                    sock.close()
+                    nursery.start_soon(_refuse, sock, refuse)
                     continue
                 with sock:
                     await session.over.wait()
                     sock = sock.dup()
             session = make(sock)
             nursery.start_soon(_run_session, session, nursery if exit_on_disconnect else None)
+
+
+async def _refuse(
+    sock: trio.socket.SocketType, refuse: Callable[[trio.socket.SocketType], Awaitable[None]] | None
+) -> None:
+    with sock:
+        if refuse is not None:
+            await refuse(sock)
 
 
 async def _run_session(session: Session, ends: trio.Nursery | None) -> None:

@@ -43,7 +43,7 @@ __all__ = ["HELLO_TIMEOUT", "serve", "serve_connected"]
 
 #: a VMM that has connected says hello within this time (seconds), or makes room for another
 HELLO_TIMEOUT = 10.0
-#: how long (seconds) the last message of a connection may take to be sent
+#: how long (seconds) the last message of a connection may take to be sent and read
 LAST_TIMEOUT = 1.0
 
 _Change = tuple[Sequence[HostedDoorbell], Sequence[HostedDoorbell]]
@@ -97,7 +97,7 @@ class _Session:
         self._report_change = lambda added, gone: token.run_sync_soon(report.send_nowait, (added, gone))
 
     def hung_up(self) -> bool:
-        return hung_up(self._sock.fileno())
+        return self._lost or hung_up(self._sock.fileno())
 
     # -- life
 
@@ -139,6 +139,8 @@ class _Session:
         self.host.rare_log.error(
             "protocol errors", "the VMM %s broke the protocol: %s; its connection ends", self._shown(), text
         )
+        # Descriptors first: one of them may be the VMM's own end of this socket.
+        sockets.close_all(self._conn.take_unclaimed_fds())
         self._conn.send_error(text)
         await _send_last(self._sock, self._conn)
 
@@ -265,10 +267,17 @@ async def _send_packet(sock: trio.socket.SocketType, data: bytes, fds: Sequence[
 
 
 async def _send_last(sock: trio.socket.SocketType, conn: HostConnection) -> None:
-    """The last words of a connection, if the peer still takes them."""
+    """The last words of a connection, if the peer still takes them.
+
+    A socket that is closed with packets unread makes the peer's next read fail, with the last words behind it. So what
+    comes is read and dropped (the kernel closes descriptors that nobody asks for) until the peer hangs up.
+    """
     with trio.move_on_after(LAST_TIMEOUT):
         try:
             for data, fds in conn.data_to_send():
                 await _send_packet(sock, data, fds)
+            sock.shutdown(socket.SHUT_WR)
+            while await sock.recv(1):
+                pass
         except OSError:
             return
