@@ -1,4 +1,4 @@
-# make demo | test | test-all | check | build | clean
+# make demo | test | test-all | nested | check | build | clean
 # Every target sets up what it needs first (tools/setup); nothing is done twice.
 
 PYTHON := .venv/bin/python
@@ -6,12 +6,13 @@ PYTEST := $(PYTHON) -m pytest
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-all check lint build setup clean
+.PHONY: help demo test test-fast test-all nested check lint build setup clean
 
 help:
 	@echo 'make demo      real guests on hcd: PIO and MMIO, then a table of what every path cost'
 	@echo 'make test      the fast tests, then one guest per path'
 	@echo 'make test-all  the same, and the long ones'
+	@echo 'make nested    hypercall doorbells on a stock kernel with emulated SVM (part of make test too)'
 	@echo 'make check     ruff, mypy and the fast tests'
 	@echo 'make build     set up .venv and compile the data plane'
 	@echo 'make clean     remove what the build made (not .venv, not the cache of guest kernels)'
@@ -31,6 +32,9 @@ test: setup
 
 test-all: setup
 	$(PYTEST) $(PYTEST_ARGS)
+
+nested: setup
+	$(PYTEST) tests/nested $(PYTEST_ARGS)
 
 test-fast: build
 	$(PYTEST) -m 'not guest and not slow' $(PYTEST_ARGS)

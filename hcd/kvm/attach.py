@@ -9,6 +9,7 @@ hcd by their ids. docs/doorbells.md has the protocol.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -175,8 +176,10 @@ class Attachment:
     def detach(self) -> None:
         """Unregister everything and hang up; eventfds and memory stay. Harmless when repeated."""
         self._closing = True
-        if self._socket is not None:
-            self._socket.shutdown(socket.SHUT_RDWR)
+        connected = self._socket
+        if connected is not None:
+            with contextlib.suppress(OSError):  # the reader has just closed it
+                connected.shutdown(socket.SHUT_RDWR)
         self.wait()
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -311,7 +314,8 @@ class Attachment:
             )
         if item.place is Place.HYPERV:
             return self.vm.hyperv_eventfd(fd, item.address, name=item.name)
-        raise OSError(errno.EOPNOTSUPP, "hcd.kvm registers no Xen event channels")
+        has = "has them" if self.vm.kvm.xen_event_channels else "has none either"
+        raise OSError(errno.EOPNOTSUPP, f"hcd.kvm registers no Xen event channels; this kernel {has}")
 
     def _register_interrupt(self, one: Attached, item: InterruptItem) -> int:
         if one.gsi < 0:

@@ -30,6 +30,7 @@ _HERE: Mapping[tuple[int, int], str] = {
     (Ioctl.HYPERV_EVENTFD, codes.EINVAL): "a connection id has 24 bits; or the file descriptor is no eventfd",
     (Ioctl.HYPERV_EVENTFD, codes.EEXIST): "another doorbell has this connection id",
     (Ioctl.HYPERV_EVENTFD, codes.ENOENT): "no doorbell has this connection id",
+    (Ioctl.HYPERV_EVENTFD, codes.ENOTTY): "this kernel was built without Hyper-V's hypercalls (CONFIG_KVM_HYPERV)",
     (Ioctl.IRQFD, codes.EBUSY): "the eventfd raises another interrupt already",
     (Ioctl.IRQFD, codes.EINVAL): "the virtual machine has no interrupt controller in the kernel, or the descriptor is "
     "no eventfd",

@@ -49,6 +49,8 @@ class VmmProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None:
+            self._process.kill()
         self.close()
 
     def ask(self, do: str, *, timeout: float = 0, **arguments: Any) -> Any:
@@ -77,7 +79,8 @@ class VmmProcess:
             self._process.wait(_GRACE)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a vCPU that not even SIGKILL gets out of KVM
+                self._process.wait(_GRACE)
         self._process.stdout.close()
         self.alive = False
 

@@ -66,9 +66,13 @@ def _experiment(arguments: argparse.Namespace) -> Report:
     with contextlib.ExitStack() as stack:
         with _pinned(others):
             sockets, scrape = stack.enter_context(_hcd(arguments))
-        with _pinned(guest):
-            vmm = stack.enter_context(VmmProcess())
-        experiment = Experiment(vmm, scrape, say=_say)
+
+        def start() -> VmmProcess:
+            with _pinned(guest):
+                return VmmProcess()
+
+        constant = len(machine.tsc_flags) == 2
+        experiment = stack.enter_context(Experiment(start, scrape, constant_tsc=constant, say=_say))
         for socket in sockets:
             experiment.attach(str(socket))
         experiment.add_comparisons()

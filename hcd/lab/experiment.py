@@ -12,9 +12,9 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
-from hcd.errors import HcdError
 from hcd.lab.child import VmmFailed, VmmProcess
 from hcd.lab.metrics import Scrape, histogram_rows
 from hcd.lab.results import EXIT, QUANTILES, RING, TRIP, Count, Measure, Row, quantile
@@ -23,6 +23,7 @@ __all__ = ["Experiment", "Target"]
 
 ROUNDS = 10
 _PROBE_SECONDS = 1.0
+_ATTACH_SECONDS = 10.0
 #: a run may take this long for each ring before it is given up (seconds)
 _SLOWEST_RING = 1e-3
 _PATHS = {"PIO": "pio", "MMIO": "mmio", "HYPERV": "hypercall", "XEN": "hypercall"}
@@ -52,23 +53,44 @@ class Target:
 
 
 class Experiment:
-    """One run. ``scrape`` reads hcd's metrics, None where they cannot be had. ``say`` gets a line now and then."""
+    """One run. ``start`` starts a VMM: the first one, and another one where a guest took its VMM along.
+
+    ``scrape`` reads hcd's metrics, None where they cannot be had; ``constant_tsc``: whether ticks are time, without
+    which hcd times no rings. ``say`` gets a line now and then. Use it as a context manager.
+    """
 
     def __init__(
-        self, vmm: VmmProcess, scrape: Callable[[], Scrape] | None, *, say: Callable[[str], None] = lambda _: None
+        self,
+        start: Callable[[], VmmProcess],
+        scrape: Callable[[], Scrape] | None,
+        *,
+        constant_tsc: bool = True,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.targets: list[Target] = []
-        self.host: dict[str, Any] = vmm.ask("host")
-        self._vmm = vmm
+        self._start = start
+        self._vmm = start()
+        self.host: dict[str, Any] = self._vmm.ask("host")
+        self._sockets: list[str] = []
+        self._constant_tsc = constant_tsc
         self._scrape = scrape
         self._say = say
         self._empty = Target(EXIT, "", "empty", {"bare": "empty"})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._vmm.__exit__(kind, error, trace)
 
     # -- what to measure
 
     def attach(self, socket: str) -> None:
         """Attach to the device behind ``socket``; its doorbells become targets. HcdError when that fails."""
-        found = self._vmm.ask("attach", socket=socket, timeout=10)
+        found = self._vmm.ask("attach", socket=socket, timeout=_ATTACH_SECONDS)
+        self._sockets.append(socket)
         usable = [one for one in found["interrupts"] if not one["error"]]
         unusable = next((one["reason"] for one in found["interrupts"] if one["error"]), "")
         for bell in found["doorbells"]:
@@ -136,6 +158,9 @@ class Experiment:
             result = self._vmm.ask(do, ring=target.ring, count=count, timeout=timeout)
         except VmmFailed as exc:
             target.why = str(exc)
+            if not self._vmm.alive:
+                target.sent = 0  # nobody knows how often it rang
+                self._revive()
             return []
         ticks: list[int] = result["ticks"]
         target.sent += len(ticks)
@@ -147,6 +172,13 @@ class Experiment:
         elif result["status"]:
             target.why = f"the hypercall returned {result['status']:#x}"
         return ticks
+
+    def _revive(self) -> None:
+        """Go on with another VMM. HcdError when that is not to be had."""
+        self._vmm.close()
+        self._vmm = self._start()
+        for socket in self._sockets:
+            self._vmm.ask("attach", socket=socket, timeout=_ATTACH_SECONDS)
 
     # -- what hcd saw
 
@@ -186,6 +218,8 @@ class Experiment:
         base = self._baseline if target.measure == EXIT else 0
         second = khz * 1e3
         row.rings = len(ordered)
+        if base:
+            row.note = f"{base / second * 1e6:.2f} us for taking the time are subtracted"
         row.mean = max(sum(ordered) / len(ordered) - base, 1) / second
         row.per_second = 1 / row.mean
         row.quantiles = {f"{q:g}": max(quantile(ordered, q) - base, 0) / second for q in QUANTILES}
@@ -213,6 +247,8 @@ class Experiment:
     def _why_no_ring(self, target: Target, blind: bool) -> str:
         if not target.stamped:
             return "the device has no stamp for this doorbell"
+        if not self._constant_tsc:
+            return "the TSC is not said to be constant and non-stop: hcd times no rings by it"
         if self.host["tsc_offset"] is None:
             return "this kernel does not tell the guest's TSC offset (KVM_VCPU_TSC_OFFSET, Linux 5.16)"
         return "hcd's metrics are not known (--metrics)" if blind else ""
@@ -239,12 +275,3 @@ def _compare_with_pio(rows: Sequence[Row]) -> None:
         pio = next((one for one in rows if one.measure == row.measure and one.path == "pio" and one.p50), None)
         if pio is not None and row.p50:
             row.ratio = row.p50 / pio.p50
-
-
-def require_metrics_equal(counts: Sequence[Count]) -> None:
-    """HcdError when rings were lost or invented."""
-    wrong = [
-        f"{one.device}/{one.doorbell}: {one.sent} rung, {one.counted} counted" for one in counts if not one.equal
-    ]
-    if wrong:
-        raise HcdError("rings differ: " + "; ".join(wrong))

@@ -159,7 +159,7 @@ class Machine:
         end = self.vcpu.run(timeout, loop=_answer_writes if ring.answered_here else None)
         done = (self.memory.read_u32(_NEXT) - _SAMPLES) // 4
         ticks = array("I", self.memory.read(_SAMPLES, 4 * done))
-        return Result(ticks, self.memory.read_u32(_STATUS), _why(self.vcpu, end))
+        return Result(ticks, self.memory.read_u32(_STATUS), _why(self.vcpu, end, timeout))
 
     def _prepare(self, program: bytes, count: int) -> None:
         self.memory.write(_CODE, program)
@@ -206,9 +206,9 @@ def _answer_writes(vcpu: Vcpu) -> int:
     return answer_writes(vcpu.fd, vcpu.page_address, _END_PORT)
 
 
-def _why(vcpu: Vcpu, end: RunEnd) -> str:
+def _why(vcpu: Vcpu, end: RunEnd, timeout: float) -> str:
     if end.timed_out:
-        return f"does not return ({end.detail})"
+        return f"does not return: stopped after {timeout:g} s at instruction {vcpu.regs.rip:#x}"
     page = vcpu.page
     ended = end.reason == Exit.IO and page.io.direction and page.io.port == _END_PORT
     return "" if ended else end.detail

@@ -10,7 +10,7 @@ from hcd.lab.results import EXIT, HISTORY, RING, TRIP, Count, Historic, Report, 
 __all__ = ["render"]
 
 _TITLES = {
-    EXIT: "exit: one ring, as it holds the guest up, hcd's eventfd signalled. Taking the time is subtracted.",
+    EXIT: "exit: one ring, as it holds the guest up: hcd's eventfd is signalled, hcd woken if it sleeps.",
     RING: "ring: from the guest's stamp to the entry of hcd's handler.",
     TRIP: "round trip: ring, handler, interrupt, guest sees it.",
 }
@@ -43,7 +43,11 @@ def _measure(measure: str, rows: Sequence[Row]) -> str:
             lines += _wrapped(f"  {row.path} {row.kind}: ", row.why)
     if measure == EXIT:
         lines += _unmatched(mine)
-    lines += [f"  {row.path} {row.kind}: {row.note}" for row in mine if row.note]
+    notes = list(dict.fromkeys(row.note for row in mine if row.note))
+    if len(notes) == 1:
+        lines += [f"  {notes[0]}"]
+    else:
+        lines += [f"  {row.path} {row.kind}: {row.note}" for row in mine if row.note]
     return "\n".join(lines)
 
 

@@ -126,11 +126,13 @@ class Report:
 
 
 def saved_candidates(environment: Mapping[str, str] = os.environ) -> list[Path]:
-    """Where a result may be kept, the place to write to first."""
+    """Where a result may be kept, the place to write to first: $XDG_STATE_HOME if set, else the system's for root."""
     state = environment.get("XDG_STATE_HOME")
+    if state:
+        return [Path(state) / "hcd/lab.json"]
     system = Path("/var/lib/hcd/lab.json")
-    own = Path(state) / "hcd/lab.json" if state else Path.home() / ".local/state/hcd/lab.json"
-    return [system, own] if not state and os.geteuid() == 0 else [own, system]
+    own = Path(os.path.expanduser("~/.local/state/hcd/lab.json"))
+    return [system] if os.geteuid() == 0 else [own, system]
 
 
 def save(report: Report, places: Iterable[Path] | None = None) -> Path:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -178,6 +179,7 @@ def main() -> int:
     except HcdError as exc:
         print(json.dumps({"error": str(exc)}), flush=True)
         return 1
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started us decides; a terminal tells all of its group
     actions = {"host": vmm.host, "attach": vmm.attach, "exits": vmm.exits, "trips": vmm.trips}
     print(json.dumps({"ok": os.getpid()}), flush=True)
     try:
