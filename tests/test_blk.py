@@ -375,6 +375,42 @@ def test_features() -> None:
     assert names(blk_file="x", read_only=True) == always | {"RO"}
 
 
+@pytest.fixture
+def direct_path(path: Path) -> Path:
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_DIRECT))
+    except OSError:
+        pytest.skip(f"no O_DIRECT in {path.parent}")
+    return path
+
+
+@pytest.mark.parametrize("pieces", [(), (512,), (100, 700), (1, 1, 1)])
+def test_direct_takes_memory_of_any_alignment(start: Start, direct_path: Path, pieces: tuple[int, ...]) -> None:
+    rig = start(blk_file=str(direct_path), direct=True)
+    for length in (512, 4096, 300 << 10):
+        data = pattern(length, seed=length % 251)
+        assert rig.status(OUT, 8, data, pieces=pieces) == OK
+        request = BlockRequest(IN, 8, length=length, pieces=pieces)
+        rig.run(request)
+        assert (request.status, request.result) == (OK, data)
+        assert direct_path.read_bytes()[4096 : 4096 + length] == data
+
+
+def test_direct_goes_past_the_page_cache(start: Start, direct_path: Path) -> None:
+    rig = start(blk_file=str(direct_path), direct=True)
+    flags = [os.readlink(f"/proc/self/fd/{fd}") == str(direct_path) and _is_direct(fd) for fd in _own_fds()]
+    assert any(flags)
+    assert rig.status(IN, 0, length=4096) == OK
+
+
+def _own_fds() -> list[int]:
+    return [int(name) for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")]
+
+
+def _is_direct(fd: int) -> bool:
+    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
+
+
 def test_read_only(start: Start, path: Path) -> None:
     path.chmod(0o444)
     rig = start(blk_file=str(path), read_only=True)
@@ -426,6 +462,7 @@ def test_nothing_else_can_be_written(start: Start, offset: int, data: bytes) -> 
         ({}, "exactly one of blk-file and ram"),
         ({"blk_file": "x", "ram": 1 << 20}, "exactly one of blk-file and ram"),
         ({"ram": SIZE, "read_only": True}, "read-only"),
+        ({"ram": SIZE, "direct": True}, "direct"),
         ({"ram": SIZE, "block_size": 3000}, "power of two"),
         ({"ram": SIZE, "serial": "x" * 21}, "expected up to 20"),
         ({"ram": SIZE, "serial": "ü" * 11}, "22 bytes"),

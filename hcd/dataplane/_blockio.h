@@ -39,6 +39,8 @@
 #define HCD_POOL_TELL_NS 50000      /* the longest that a finished write waits for its batch */
 #define HCD_PIECES 128              /* of a scatter list, for one system call */
 #define HCD_ZEROES 65536
+#define HCD_DETOUR (256 << 10)      /* bytes at once of a transfer that O_DIRECT does not take as it lies */
+#define HCD_ALIGNMENT 4096
 
 enum { HCD_READ, HCD_WRITE, HCD_FLUSH, HCD_DISCARD, HCD_ZERO };
 enum { HCD_LINE_ANY, HCD_LINE_WRITES, HCD_LINES };
@@ -156,21 +158,48 @@ static void hcd_job_advance(hcd_job *job, uint64_t n)
     job->at = n;
 }
 
-/* As pread(2) and pwrite(2), repeated until all is moved. Nothing moved is an error: the file was cut short. */
-static int hcd_job_move(int fd, hcd_job *job)
+/* The next part of a job through memory of our own; as pread(2) and pwrite(2). */
+static ssize_t hcd_job_detour(int fd, const hcd_job *job, char *buffer, int flags)
+{
+    struct iovec iov[HCD_PIECES], own = { buffer, 0 };
+    int n = hcd_job_pieces(job, iov);
+    for (int i = 0; i < n && own.iov_len < HCD_DETOUR; i++) {
+        if (iov[i].iov_len > HCD_DETOUR - own.iov_len)
+            iov[i].iov_len = HCD_DETOUR - own.iov_len;
+        if (job->kind == HCD_WRITE)
+            memcpy(buffer + own.iov_len, iov[i].iov_base, iov[i].iov_len);
+        own.iov_len += iov[i].iov_len;
+    }
+    if (job->kind == HCD_WRITE)
+        return pwritev2(fd, &own, 1, (off_t)job->offset, flags);
+    ssize_t got = preadv(fd, &own, 1, (off_t)job->offset);
+    for (ssize_t at = 0, i = 0; at < got; i++) {
+        size_t part = iov[i].iov_len < (size_t)(got - at) ? iov[i].iov_len : (size_t)(got - at);
+        memcpy(iov[i].iov_base, buffer + at, part);
+        at += (ssize_t)part;
+    }
+    return got;
+}
+
+static int hcd_job_parts(int fd, hcd_job *job, int direct, char **buffer)
 {
     struct iovec iov[HCD_PIECES];
     int flags = job->kind == HCD_WRITE && job->sync ? RWF_DSYNC : 0;
     while (job->left) {
         int n = hcd_job_pieces(job, iov);
-        ssize_t got = job->kind == HCD_WRITE ? pwritev2(fd, iov, n, (off_t)job->offset, flags)
-                                             : preadv(fd, iov, n, (off_t)job->offset);
+        ssize_t got = *buffer != NULL ? hcd_job_detour(fd, job, *buffer, flags)
+                      : job->kind == HCD_WRITE ? pwritev2(fd, iov, n, (off_t)job->offset, flags)
+                                               : preadv(fd, iov, n, (off_t)job->offset);
         if (got > 0) {
             hcd_job_advance(job, (uint64_t)got);
         } else if (got == 0) {
             return EIO;
         } else if (errno == EOPNOTSUPP && flags) {
             flags = 0;
+        } else if (errno == EINVAL && direct && *buffer == NULL) {
+            int error = posix_memalign((void **)buffer, HCD_ALIGNMENT, HCD_DETOUR);
+            if (error)
+                return error;
         } else if (errno != EINTR) {
             return errno;
         }
@@ -178,6 +207,16 @@ static int hcd_job_move(int fd, hcd_job *job)
     if (job->kind == HCD_WRITE && job->sync && !flags && fdatasync(fd) != 0)
         return errno;
     return 0;
+}
+
+/* As pread(2) and pwrite(2), repeated until all is moved. Nothing moved is an error: the file was cut short.
+ * O_DIRECT wants memory aligned as the disk likes it, and a driver may use any: what is refused takes a detour. */
+static int hcd_job_move(int fd, hcd_job *job, int direct)
+{
+    char *buffer = NULL;
+    int error = hcd_job_parts(fd, job, direct, &buffer);
+    free(buffer);
+    return error;
 }
 
 static int hcd_retry_fallocate(int fd, int mode, const hcd_range_t *range)
@@ -268,7 +307,7 @@ static int hcd_job_ranges(hcd_pool *pool, hcd_job *job)
 static void hcd_job_run(hcd_pool *pool, hcd_job *job)
 {
     if (job->kind == HCD_READ || job->kind == HCD_WRITE)
-        job->error = hcd_job_move(pool->fd, job);
+        job->error = hcd_job_move(pool->fd, job, pool->direct);
     else if (job->kind == HCD_FLUSH)
         job->error = fdatasync(pool->fd) != 0 ? errno : 0;
     else

@@ -65,6 +65,7 @@ class Block(Device):
         Option("blk-file", "path", "file or block device to serve"),
         Option("ram", "size", "serve so many bytes of memory instead; contents end with the process"),
         Option("read-only", "bool", "refuse writes", default=False),
+        Option("direct", "bool", "go past the page cache (O_DIRECT)", default=False),
         Option("num-queues", "int", "request queues", default=1, minimum=1, maximum=64),
         Option("serial", "str", "serial number, up to 20 bytes", default=""),
         Option("block-size", "int", "logical block size, a power of two", default=512, minimum=512, maximum=65536),
@@ -77,6 +78,8 @@ class Block(Device):
             raise ConfigError("expected exactly one of blk-file and ram")
         if self.option["ram"] is not None and self.option["read_only"]:
             raise ConfigError("read-only: a disk in memory that nobody can write to holds nothing")
+        if self.option["ram"] is not None and self.option["direct"]:
+            raise ConfigError("direct: a disk in memory has no page cache to go past")
         self.block_size: int = self.option["block_size"]
         if self.block_size & (self.block_size - 1):
             raise ConfigError(f"block-size {self.block_size}: expected a power of two")
@@ -162,7 +165,10 @@ class Block(Device):
 
     def _open_file(self, path: str) -> BlockFile:
         read_only = self.option["read_only"]
-        fd = open_image(path, read_only=read_only, force_raw=self.option["force_raw"], log=self.log)
+        direct_block = self.block_size if self.option["direct"] else 0
+        fd = open_image(
+            path, read_only=read_only, force_raw=self.option["force_raw"], log=self.log, direct_block=direct_block
+        )
         try:
             size = self._whole_blocks(os.lseek(fd, 0, os.SEEK_END), f"blk-file {path}")
             return BlockFile(fd, size, read_only=read_only)
