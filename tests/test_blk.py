@@ -384,16 +384,23 @@ def direct_path(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("pieces", [(), (512,), (100, 700), (1, 1, 1)])
-def test_direct_takes_memory_of_any_alignment(start: Start, direct_path: Path, pieces: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("offset", [0, 512, 16, 1])
+@pytest.mark.parametrize("length", [512, 4096, 300 << 10])
+def test_direct_takes_memory_of_any_alignment(start: Start, direct_path: Path, offset: int, length: int) -> None:
     rig = start(blk_file=str(direct_path), direct=True)
-    for length in (512, 4096, 300 << 10):
-        data = pattern(length, seed=length % 251)
-        assert rig.status(OUT, 8, data, pieces=pieces) == OK
-        request = BlockRequest(IN, 8, length=length, pieces=pieces)
-        rig.run(request)
-        assert (request.status, request.result) == (OK, data)
-        assert direct_path.read_bytes()[4096 : 4096 + length] == data
+    at, small = rig.memory.alloc(length + 1024, 4096) + offset, rig.memory.alloc(64)
+    data = pattern(length, seed=length % 251)
+    rig.memory.write(at, data)
+    rig.memory.write(small, header(OUT, 8))
+    halves = [(at, length // 3), (at + length // 3, length - length // 3)]
+    queue = rig.driver.queue
+    assert queue.wait_for(queue.submit([(small, 16), *halves], [(small + 32, 1)])) == 1
+    assert direct_path.read_bytes()[4096 : 4096 + length] == data
+    rig.memory.write(at, bytes(length))
+    rig.memory.write(small, header(IN, 8))
+    assert queue.wait_for(queue.submit([(small, 16)], [*halves, (small + 32, 1)])) == length + 1
+    assert rig.memory.read(at, length) == data
+    assert (rig.memory.read(small + 32, 1), rig.stats.guest_errors) == (b"\0", 0)
 
 
 def test_direct_goes_past_the_page_cache(start: Start, direct_path: Path) -> None:
