@@ -339,3 +339,11 @@ def test_listening_socket_is_told_from_a_bound_one(short_dir: Path) -> None:
         assert not is_listening(path)
         server.listen(1)
         assert is_listening(path)
+
+
+def test_microvm_is_told_its_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernel cannot measure it on a busy host, and hangs."""
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(qemu, "_clock_words", lambda: ["tsc_early_khz=1"])
+    assert "tsc_early_khz=1" in " ".join(qemu.Vm("microvm").command(FILES, Path("/initrd")))
+    assert "tsc_early_khz" not in " ".join(qemu.Vm("q35").command(FILES, Path("/initrd")))
