@@ -16,15 +16,19 @@ from typing import Any
 import pytest
 from conftest import skip_or_fail
 
-from hcd.demo.hcd_process import HcdProcess, Metrics
+from hcd.demo.hcd_process import HcdProcess, Metrics, Resources
 from hcd.errors import ConfigError
+from hcd.kvm.attach import Attachment
+from hcd.kvm.vm import Kvm
 from hcd.lab import cli as lab_cli
 from hcd.lab import code, facts, plot, report, results
 from hcd.lab.child import VmmFailed, VmmProcess
 from hcd.lab.devices import configuration
 from hcd.lab.experiment import ROUNDS, Experiment, _share
+from hcd.lab.machine import Machine, Ring
 from hcd.lab.metrics import Scrape, histogram_rows, interpolate
 from hcd.lab.results import EXIT, HISTORY, RING, TRIP, Count, Report, Row
+from hcd.lab.vmm import hypercall_instruction
 
 KERNEL_BELLS = {("pio", "fixed"), ("mmio", "datamatch"), ("mmio", "any-length")}
 
@@ -46,6 +50,11 @@ def hcd_lab(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "hcd", "lab", *arguments], capture_output=True, text=True, timeout=120, check=False
     )
+
+
+def for_ever(function: Callable[..., object], *arguments: object, **options: object) -> None:
+    while True:
+        function(*arguments, **options)
 
 
 def rows_of(document: dict[str, Any], measure: str) -> dict[tuple[str, str], dict[str, Any]]:
@@ -156,6 +165,53 @@ def test_a_vmm_that_is_killed_is_replaced(kvm: None, short_dir: Path) -> None:
     assert "died" in rows[0].why or "ended" in rows[0].why
     assert [one.doorbell for one in counts] == ["mmio0", "any0"]
     assert all(one.equal and one.sent == 300 for one in counts)
+
+
+def test_hcd_forgets_a_vmm_that_is_killed(
+    kvm: None,
+    short_dir: Path,
+    start_hcd: Callable[..., HcdProcess],
+    expect_settled: Callable[[HcdProcess, Resources], None],
+) -> None:
+    """Killed in the middle of its rings, again and again: every descriptor is given back, and the next is served."""
+    text, sockets = configuration(short_dir)
+    hcd = start_hcd(text)
+    before = hcd.resources()
+    for _ in range(3):
+        with VmmProcess() as vmm:
+            for socket in sockets:
+                vmm.ask("attach", socket=str(socket), timeout=10)
+            ring = {"device": "count", "doorbell": "pio0"}
+            threading.Timer(0.2, os.kill, (vmm.pid, signal.SIGKILL)).start()
+            with pytest.raises(VmmFailed, match=r"died|ended"):
+                for_ever(vmm.ask, "exits", ring=ring, count=1000, timeout=20)
+    expect_settled(hcd, before)
+    assert hcd.metrics().total("hcd_doorbell_rings_total", device="count", path="pio") > 0
+
+
+def test_a_vmm_outlives_its_hcd(kvm: None, short_dir: Path) -> None:
+    """hcd is killed: the library reports it and unregisters. The next hcd gets the same eventfds by their ids."""
+    text, sockets = configuration(short_dir)
+    gone: list[str] = []
+    with Kvm() as opened, Machine(opened, hypercall=hypercall_instruction()) as machine:
+        attachment = Attachment(machine.vm, str(sockets[0]), route_of=lambda _: machine.route, on_end=gone.append)
+        ring = Ring(code.write_port(0x510, 0, 4))
+        with attachment:
+            first = HcdProcess.from_config(short_dir, text)
+            attachment.connect()
+            kept = attachment.doorbell("pio0").fd
+            assert machine.run_exits(ring, 100, 20).why == ""
+            first.kill()
+            assert attachment.wait(20)
+            assert machine.run_exits(ring, 1, 20).why == "out at port 0x510, 4 bytes"
+            assert "hung up" in gone[0]
+            with HcdProcess.from_config(short_dir, text) as second:
+                attachment.connect()
+                assert attachment.doorbell("pio0").fd == kept
+                assert machine.run_exits(ring, 250, 20).why == ""
+                while (rings := second.metrics().total("hcd_doorbell_rings_total", device="count")) < 250:
+                    assert attachment.wait(0) is False
+                assert rings == 250
 
 
 @pytest.mark.parametrize(

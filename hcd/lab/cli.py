@@ -126,7 +126,7 @@ def _publish(found: Report, arguments: argparse.Namespace) -> None:
         except OSError as exc:
             raise ConfigError(f"cannot write {arguments.json}: {exc.strerror}") from exc
     if arguments.plot:
-        plot.draw(found.rows, arguments.plot, "; ".join(found.warnings) or found.machine["cpu"])
+        plot.draw(found.rows, arguments.plot, "\n".join([found.machine["cpu"], *found.warnings]))
     print(found.to_json() if arguments.json == "-" else report.render(found), end="")
 
 
