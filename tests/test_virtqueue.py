@@ -353,14 +353,37 @@ def test_stop_and_go_on_at_the_base(pair: Pair) -> None:
         pair.start(pair.queue.stop())
 
 
-def test_dpdk_base() -> None:
-    """virtio-user leaves the used half of a packed base zero."""
+@pytest.mark.parametrize("base", [0x80008000, 0x00008000, 0])
+def test_bases_of_a_new_packed_ring(base: int) -> None:
+    """QEMU sends both wrap counters, DPDK's virtio-user the driver's alone, user-mode Linux none; all mean 1."""
     pair = make_pair(packed=True)
     pair.queue.stop()
-    pair.start(0x00008000)
+    pair.start(base)
     submit(pair, [pair.put(b"x")], [])
     request = pair.queue.pop()
     assert request is not None
+    request.complete()
+    pair.queue.flush()
+    assert len(pair.ring.used()) == 1
+    pair.close()
+
+
+def test_a_packed_ring_stopped_after_its_second_lap_goes_on_there() -> None:
+    """Base 0 is a real position too: both wrap counters 0, at the first slot."""
+    pair = make_pair(packed=True, size=4)
+    for _ in range(4):
+        submit(pair, [pair.put(b"x")], [])
+        request = pair.queue.pop()
+        assert request is not None
+        request.complete()
+        pair.queue.flush()
+        pair.ring.used()
+    assert pair.queue.stop() == 0
+    pair.start(0)
+    submit(pair, [pair.put(b"y")], [])
+    request = pair.queue.pop()
+    assert request is not None
+    assert request.read() == b"y"
     request.complete()
     pair.queue.flush()
     assert len(pair.ring.used()) == 1
