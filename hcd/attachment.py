@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import mmap
 import os
 from collections.abc import Collection, Iterable, Sequence
@@ -283,6 +284,7 @@ def _make_memory(item: MemoryItem) -> int:
     return fd
 
 
+@functools.cache
 def _tsc_is_constant() -> bool:
     """Whether the kernel found that the TSC ticks at one rate, whatever the cores do."""
     with open("/proc/cpuinfo", encoding="ascii", errors="replace") as info:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -556,6 +558,40 @@ def test_what_can_be_read_is_written_the_same(data: bytes) -> None:
     except ProtocolError:
         return
     assert encode(message) == data
+
+
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "doorbells.md"
+#: layouts of docs/doorbells.md, and where their first field stands
+DOCUMENTED = {
+    "header": (layouts.HEADER, 0),
+    "HELLO": (layouts.HELLO, 8),
+    "WELCOME": (layouts.WELCOME, 8),
+    "CLOCK": (layouts.CLOCK, 8),
+    "ERROR": (layouts.ERROR, 8),
+    "doorbell": (layouts.DOORBELL, 0),
+    "interrupt": (layouts.INTERRUPT, 0),
+    "memory": (layouts.MEMORY, 0),
+    "status": (layouts.STATUS, 0),
+    "reference": (layouts.REFERENCE, 0),
+}
+
+
+@pytest.mark.parametrize("title", DOCUMENTED)
+def test_the_document_has_the_layouts(title: str) -> None:
+    """Offset, size and name of every field, as construct has them."""
+    section = DOCUMENT.read_text(encoding="utf-8").partition(f"\n### {title}\n")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| (\w+) \|", section, re.MULTILINE)
+    layout, offset = DOCUMENTED[title]
+    expected = []
+    for field in layout._codec.subcons:
+        expected.append((str(offset), str(field.sizeof()), field.name))
+        offset += field.sizeof()
+    assert rows == expected
+
+
+def test_the_document_has_the_types() -> None:
+    rows = re.findall(r"^\| (0x[0-9a-f]+) \| (\w+) \|", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE)
+    assert {name: int(value, 16) for value, name in rows} == {kind.name: int(kind) for kind in messages.Type}
 
 
 def test_layouts_agree_with_their_sizes() -> None:

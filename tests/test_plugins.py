@@ -65,6 +65,7 @@ def test_an_unknown_type_is_the_operators_error_with_a_hint(make_distribution: M
         ("class Lamp: pass", "is not a subclass"),
         (GOOD + "    api_version = 99\n", "device API 99; this hcd has 1"),
         (HEAD + "class Lamp(Device): pass\n", r"does not define process\(\)"),
+        ("from hcd.device import DoorbellDevice\nclass Lamp(DoorbellDevice): pass\n", r"does not define ring\(\)"),
         (GOOD + "    options = ('brightness',)\n", "expected a hcd.device.Option"),
         (GOOD + "    options = (Option('watts', 'decimal', ''),)\n", 'unknown kind "decimal"'),
         (GOOD + "    options = (Option('socket_path', 'str', ''),)\n", '"socket_path" is one of hcd'),

@@ -34,6 +34,7 @@ from hcd.transports import kvm
 T = TypeVar("T")
 
 PAGE = 4096
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "doorbells.md"
 
 
 class Counter(DoorbellDevice):
@@ -587,6 +588,19 @@ async def test_the_device_sees_the_shared_memory(short_dir: Path) -> None:
         vmm.close()
         await s.until_free()
         await s.until(lambda: s.device.memory is None)
+
+
+async def test_the_device_of_the_document(short_dir: Path) -> None:
+    """The example of docs/doorbells.md is a device as it stands there."""
+    names: dict[str, Any] = {}
+    exec(DOCUMENT.read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0], names)
+    async with served(names["Lamp"]("lamp", {}), short_dir) as s:
+        def drive() -> None:
+            with FakeVmm(s.path) as vmm:
+                vmm.ring("switch")
+                assert vmm.interrupts("done") == 1
+
+        await s.in_thread(drive)
 
 
 # -- the devices in tree
