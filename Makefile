@@ -1,15 +1,17 @@
-# make demo | test | test-all | nested | check | build | clean
+# make demo | bench | test | test-all | nested | check | build | clean
 # Every target sets up what it needs first (tools/setup); nothing is done twice.
 
 PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-all nested check lint build setup clean
+.PHONY: help demo bench test test-fast test-all nested check lint build setup clean
 
 help:
 	@echo 'make demo      real guests on hcd: PIO and MMIO, then a table of what every path cost'
+	@echo 'make bench     hcd and qemu-storage-daemon side by side (BENCH_ARGS=--help has more)'
 	@echo 'make test      the fast tests, then one guest per path'
 	@echo 'make test-all  the same, and the long ones'
 	@echo 'make nested    hypercall doorbells on a stock kernel with emulated SVM (part of make test too)'
@@ -25,6 +27,9 @@ build:
 
 demo: setup
 	@$(PYTHON) -m hcd.demo
+
+bench: setup
+	@$(PYTHON) -m hcd.bench $(BENCH_ARGS)
 
 # One run, one summary; tests/conftest.py puts the guests last.
 test: setup
