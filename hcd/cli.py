@@ -130,7 +130,7 @@ def _run(arguments: argparse.Namespace) -> int:
         loaded = config.load(arguments.config)
         from hcd import daemon
 
-        daemon.run(loaded)
+        daemon.run(loaded, load=lambda: config.load(arguments.config))
     except ConfigError as exc:
         return _fail(exc, EX_CONFIG)
     return 0

@@ -1,9 +1,9 @@
 """The daemon: one trio run that owns every session, the metrics server and the signals.
 
-Start, in this order: lanes, devices (opened), listening sockets, metrics, then serving. Whatever fails
-before serving is the operator's to fix and ends the daemon (ConfigError); what fails later ends one
+Start, in this order: lanes, inherited sockets, devices (opened), listening sockets, metrics, then serving. Whatever
+fails before serving is the operator's to fix and ends the daemon (ConfigError); what fails later ends one
 connection. The end is the same backwards, begun by SIGTERM, by SIGINT, or by the only connection of ``hcd
-device --fd``.
+device --fd``. SIGHUP reads the configuration again (:mod:`hcd.supervisor`).
 """
 
 from __future__ import annotations
@@ -13,44 +13,33 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from functools import partial
 
 import trio
 
-from hcd import plugins, sockets
-from hcd.config import Address, DaemonConfig, DeviceSpec
-from hcd.dataplane.stats import HotText
-from hcd.device import Device, DeviceBase, DoorbellDevice
-from hcd.doorbell import Registry
-from hcd.doorbell_host import DoorbellHost
-from hcd.errors import ConfigError, HcdError, PluginError
-from hcd.host import DeviceHost, HostBase
+from hcd import activation, sockets, systemd, watch
+from hcd.activation import Activation
+from hcd.config import Address, DaemonConfig
+from hcd.errors import ConfigError, HcdError
 from hcd.lanes import Lanes, open_lanes
 from hcd.metrics import cold, server
-from hcd.transports import kvm, vhost_user
+from hcd.supervisor import CLOSE_TIMEOUT, Supervisor, keep_up
+from hcd.systemd import Notifier
 
 __all__ = ["run"]
 
 #: how long (seconds) the reactor's handlers wait for another Python thread to hand over the GIL
 SWITCH_INTERVAL = 0.0005
-#: a session that failed unexpectedly is set up again after this pause (seconds)
-RESTART_PAUSE = 1.0
-#: on top of drain_timeout, what closing one device may take (seconds)
-CLOSE_TIMEOUT = 2.0
+#: how long (seconds) one device may take to open before the service manager gives up
+OPEN_TIMEOUT = 60.0
+#: on top of what closing the devices may take (seconds)
+STOP_TIMEOUT = 5.0
 
 _log = logging.getLogger("hcd.daemon")
 
-
-@dataclass(slots=True)
-class _Served:
-    """A device and the socket that it is served on."""
-
-    host: HostBase
-    socket: socket.socket
-    connected: bool = False  # the socket is a connection already
+Load = Callable[[], DaemonConfig]
 
 
 @dataclass(slots=True)
@@ -58,37 +47,52 @@ class _Daemon:
     """What one run holds."""
 
     config: DaemonConfig
-    registry: Registry = field(default_factory=Registry)
-    hot: HotText = field(default_factory=HotText)
-    hosts: list[HostBase] = field(default_factory=list)
+    inherited: socket.socket | None = None
+    exit_on_disconnect: bool = False
+    load: Load | None = None
+    notifier: Notifier = field(default_factory=Notifier)
+    watchdog: float | None = None
     failure: HcdError | None = None  # why it could not start
 
 
-def run(config: DaemonConfig, *, inherited: socket.socket | None = None, exit_on_disconnect: bool = False) -> None:
+def run(
+    config: DaemonConfig,
+    *,
+    inherited: socket.socket | None = None,
+    exit_on_disconnect: bool = False,
+    load: Load | None = None,
+) -> None:
     """Serve ``config`` until SIGTERM or SIGINT.
 
     ``inherited`` (with exactly one device) is a listening or connected socket to serve it on instead of
     making one; a connected one is served once. ``exit_on_disconnect``: end when the first front end has
-    gone. Raises ConfigError when something cannot be opened.
+    gone. ``load`` reads the configuration again, for SIGHUP; without it SIGHUP is not handled. Raises
+    ConfigError when something cannot be opened.
     """
     sys.setswitchinterval(SWITCH_INTERVAL)
-    trio.run(_main, config, inherited, exit_on_disconnect)
+    daemon = _Daemon(config, inherited, exit_on_disconnect, load, Notifier.take(), systemd.take_watchdog())
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN) if load is not None else None
+    try:
+        trio.run(_main, daemon)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGHUP, before)
+        daemon.notifier.close()
 
 
-async def _main(config: DaemonConfig, inherited: socket.socket | None, exit_on_disconnect: bool) -> None:
-    daemon = _Daemon(config)
+async def _main(daemon: _Daemon) -> None:
     async with trio.open_nursery() as watcher:
         with trio.CancelScope() as serving:
-            await watcher.start(_end_on_signal, serving)
+            await watcher.start(_end_on_signal, daemon, serving)
             async with AsyncExitStack() as stack:
-                await _serve_all(daemon, stack, inherited, exit_on_disconnect)
+                await _serve_all(daemon, stack)
         watcher.cancel_scope.cancel()
     if daemon.failure is not None:
         raise daemon.failure
 
 
 async def _end_on_signal(
-    serving: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    daemon: _Daemon, serving: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
     """Cancel ``serving`` at the first signal. A second one finds no handler and ends the process."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
@@ -96,80 +100,64 @@ async def _end_on_signal(
         async for number in signals:
             _log.info("%s: ending", signal.Signals(number).name)
             break
+    _say_stopping(daemon)
     serving.cancel()
 
 
-async def _serve_all(
-    daemon: _Daemon, stack: AsyncExitStack, inherited: socket.socket | None, exit_on_disconnect: bool
-) -> None:
+async def _serve_all(daemon: _Daemon, stack: AsyncExitStack) -> None:
+    if daemon.load is not None:
+        hangups = stack.enter_context(trio.open_signal_receiver(signal.SIGHUP))
     lanes = await stack.enter_async_context(open_lanes(poll_us=daemon.config.poll_us))
     try:
-        for spec in daemon.config.devices:
-            await _open_device(daemon, stack, lanes, spec)
-        served = [_bind(stack, host, inherited) for host in daemon.hosts]
-        listeners = await _bind_metrics(stack, daemon.config.metrics)
+        given = activation.adopt(daemon.config, systemd.take_listen_fds())
+        stack.callback(given.close)
+        supervisor = await _open_devices(daemon, stack, lanes, given)
+        listeners = await _bind_metrics(stack, daemon.config.metrics, given)
     except HcdError as exc:
         daemon.failure = exc  # not raised here: it would leave the nurseries above as a group
+        daemon.notifier.status(f"cannot start: {exc}")
         return
     gc.collect()
     gc.freeze()  # what exists now stays: no collection needs to walk it again
-    _log.info("ready: %s", ", ".join(host.spec.name for host in daemon.hosts))
+    _log.info("ready: %s", ", ".join(host.spec.name for host in supervisor.hosts))
     async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch.report_status, daemon.notifier, supervisor)
+        if daemon.watchdog is not None:
+            nursery.start_soon(watch.keep_watchdog, daemon.notifier, lanes.reactor, daemon.watchdog)
         if listeners:
-            render = cold.Renderer(daemon.hot, cold.cold_registry(daemon.hosts, daemon.registry))
-            nursery.start_soon(_keep_up, "metrics", lambda: server.serve(listeners, render))
+            render = cold.Renderer(supervisor.hot, cold.cold_registry(supervisor.hosts, supervisor.registry))
+            nursery.start_soon(keep_up, "metrics", lambda: server.serve(listeners, render))
         async with trio.open_nursery() as sessions:
-            for one in served:
-                sessions.start_soon(_serve_one, one, exit_on_disconnect)
+            for host in supervisor.hosts:
+                supervisor.start(host, sessions)
+            daemon.notifier.ready(watch.describe(supervisor.hosts))
+            if daemon.load is not None:
+                await _reload_on_signal(daemon, supervisor, hangups, sessions)
+        _say_stopping(daemon)
         nursery.cancel_scope.cancel()
 
 
-async def _open_device(daemon: _Daemon, stack: AsyncExitStack, lanes: Lanes, spec: DeviceSpec) -> None:
-    drain_timeout = daemon.config.drain_timeout
-    try:
-        device = plugins.create(spec.type, spec.name, spec.options)
-        host = _make_host(daemon, spec, device, lanes)
-        await host.open()
-    except (ConfigError, OSError) as exc:
-        raise ConfigError(f'device "{spec.name}" ({spec.type}): {exc}') from exc
-    except PluginError:
-        raise
-    except Exception as exc:
-        _log.exception("%s: opening failed", spec.name)
-        raise PluginError(f'device "{spec.name}" ({spec.type}): open() raised {type(exc).__name__}') from exc
-    stack.push_async_callback(_close_device, host, drain_timeout + CLOSE_TIMEOUT)
-    daemon.hosts.append(host)
+async def _open_devices(daemon: _Daemon, stack: AsyncExitStack, lanes: Lanes, given: Activation) -> Supervisor:
+    """Every device of the configuration, open, each with its socket."""
+    config = daemon.config
+    supervisor = Supervisor(lanes, given, config.drain_timeout)
+    supervisor.exit_on_disconnect = daemon.exit_on_disconnect
+    stack.push_async_callback(supervisor.close_all)
+    if daemon.inherited is not None:
+        supervisor.inherit(config.devices[0], daemon.inherited)
+    for spec in config.devices:
+        daemon.notifier.extend_timeout(OPEN_TIMEOUT)
+        await supervisor.open(spec)
+    for spec in config.devices:
+        supervisor.listen(spec)
+    return supervisor
 
 
-def _make_host(daemon: _Daemon, spec: DeviceSpec, device: DeviceBase, lanes: Lanes) -> HostBase:
-    registry, hot, timeout = daemon.registry, daemon.hot, daemon.config.drain_timeout
-    if isinstance(device, DoorbellDevice):
-        return DoorbellHost(spec, device, lanes=lanes, registry=registry, hot=hot, drain_timeout=timeout)
-    assert isinstance(device, Device)  # plugins.load lets nothing else through
-    return DeviceHost(spec, device, lanes=lanes, registry=registry, hot=hot, drain_timeout=timeout)
-
-
-async def _close_device(host: HostBase, timeout: float) -> None:
-    """Close even while being cancelled, but not for ever."""
-    with trio.move_on_after(timeout, shield=True) as scope:
-        try:
-            await host.close()
-        except Exception:
-            _log.exception("%s: closing failed", host.spec.name)
-    if scope.cancelled_caught:
-        _log.error("%s: did not close within %g s", host.spec.name, timeout)
-
-
-def _bind(stack: AsyncExitStack, host: HostBase, inherited: socket.socket | None) -> _Served:
-    if inherited is not None:
-        stack.callback(inherited.close)
-        return _Served(host, inherited, connected=not sockets.is_listening(inherited))
-    listener = sockets.UnixListener(host.spec.socket, sockets.KINDS[host.transport])
-    stack.callback(listener.close)
-    return _Served(host, listener.socket)
-
-
-async def _bind_metrics(stack: AsyncExitStack, address: Address | None) -> list[trio.SocketListener]:
+async def _bind_metrics(
+    stack: AsyncExitStack, address: Address | None, given: Activation
+) -> list[trio.SocketListener]:
+    if given.metrics:
+        return [trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in given.metrics]
     if address is None:
         return []
     if address.path:
@@ -189,29 +177,37 @@ async def _bind_metrics(stack: AsyncExitStack, address: Address | None) -> list[
     return listeners
 
 
-async def _serve_one(served: _Served, exit_on_disconnect: bool) -> None:
-    host, sock = served.host, served.socket
-    connected: Callable[[], Awaitable[None]]
-    serve: Callable[[], Awaitable[None]]
-    if isinstance(host, DoorbellHost):
-        connected = partial(kvm.serve_connected, host, sock)
-        serve = partial(kvm.serve, host, sock, exit_on_disconnect=exit_on_disconnect)
-    else:
-        assert isinstance(host, DeviceHost)
-        connected = partial(vhost_user.serve_connected, host, sock)
-        serve = partial(vhost_user.serve, host, sock, exit_on_disconnect=exit_on_disconnect)
-    if served.connected:
-        await connected()
-    else:
-        await _keep_up(host.spec.name, serve)
+def _say_stopping(daemon: _Daemon) -> None:
+    """Sessions drain beside each other; devices are closed one after the other."""
+    drain, devices = daemon.config.drain_timeout, len(daemon.config.devices)
+    daemon.notifier.stopping()
+    daemon.notifier.extend_timeout(STOP_TIMEOUT + drain + (drain + CLOSE_TIMEOUT) * devices)
 
 
-async def _keep_up(name: str, serve: Callable[[], Awaitable[None]]) -> None:
-    """Run ``serve`` to its end. What it raises is a defect of hcd; it must not take other devices along."""
-    while True:
+# -- reload
+
+
+async def _reload_on_signal(
+    daemon: _Daemon, supervisor: Supervisor, hangups: AsyncIterator[int], sessions: trio.Nursery
+) -> None:
+    async for _ in hangups:
+        daemon.notifier.reloading()
         try:
-            await serve()
-            return
+            await _reload(daemon, supervisor, sessions)
+        except HcdError as exc:
+            for line in str(exc).splitlines():
+                _log.error("not reloaded, nothing has changed: %s", line)
         except Exception:
-            _log.exception("%s: serving failed; trying again in %g s", name, RESTART_PAUSE)
-        await trio.sleep(RESTART_PAUSE)
+            _log.exception("not reloaded: a defect")
+        daemon.notifier.ready(watch.describe(supervisor.hosts))
+
+
+async def _reload(daemon: _Daemon, supervisor: Supervisor, sessions: trio.Nursery) -> None:
+    assert daemon.load is not None
+    config = await trio.to_thread.run_sync(daemon.load)  # it may import plug-ins
+    plan = await supervisor.apply(config, sessions)
+    for key in ("metrics", "poll_us"):
+        if getattr(config, key) != getattr(daemon.config, key):
+            _log.warning("[daemon] %s has changed; that takes effect at the next restart", key)
+    daemon.config = config
+    _log.info("reloaded: %s", plan)

@@ -75,7 +75,7 @@ class DoorbellHost(HostBase):
     async def open(self) -> None:
         self._refuse_declarations()
         device = self.device
-        device.open(self.lane)
+        await self._open_device()
         try:
             self._read_memory()
             for made in self._make(device.doorbells):

@@ -7,7 +7,9 @@ virtio devices, that of doorbell devices is in :mod:`hcd.doorbell_host`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+
+import trio
 
 from hcd.config import DeviceSpec
 from hcd.dataplane.stats import HotText, QueueStats
@@ -47,7 +49,9 @@ class HostBase:
         self.drain_timeout = drain_timeout
         self.log = logging.LoggerAdapter(logging.getLogger("hcd.session"), {"device": spec.name})
         self.rare_log = RateLimited(self.log)
-        self.connected = False
+        #: called whenever a peer has come or gone, on the thread where that is noticed
+        self.on_connection: Callable[[], None] | None = None
+        self._connected = False
         self.protocol_errors = 0
         self.path_conflict = False
         self.transport = device.transport
@@ -55,6 +59,17 @@ class HostBase:
         self._traced: set[type[BaseException]] = set()
         self._registry = registry
         self._hot = hot
+
+    @property
+    def connected(self) -> bool:
+        """Whether a peer is connected."""
+        return self._connected
+
+    @connected.setter
+    def connected(self, connected: bool) -> None:
+        self._connected = connected
+        if self.on_connection is not None:
+            self.on_connection()
 
     @property
     def guest_errors(self) -> int:
@@ -67,6 +82,13 @@ class HostBase:
     async def open(self) -> None:
         """Open the device and make its counters known. ConfigError when it cannot be opened."""
         raise NotImplementedError
+
+    async def _open_device(self) -> None:
+        """A plain device may take its time in ``open``, for a lock say: not at the cost of trio's side."""
+        if self._device.is_async():
+            self._device.open(self.lane)
+        else:
+            await trio.to_thread.run_sync(self._device.open, self.lane)
 
     async def close(self) -> None:
         """Take the device's series away and release what it holds."""
@@ -117,7 +139,7 @@ class DeviceHost(HostBase):
     # -- life
 
     async def open(self) -> None:
-        self.device.open(self.lane)
+        await self._open_device()
         count = self.device.num_queues
         if not 1 <= count <= 256:
             raise PluginError(f"{type(self.device).__name__}: {count} queues; expected 1 to 256")

@@ -63,7 +63,14 @@ class Served(list[tuple[DaemonConfig, socket.socket | None, bool]]):
 def served(monkeypatch: pytest.MonkeyPatch) -> Served:
     calls = Served()
 
-    def run(config: DaemonConfig, *, inherited: socket.socket | None = None, exit_on_disconnect: bool = False) -> None:
+    def run(
+        config: DaemonConfig,
+        *,
+        inherited: socket.socket | None = None,
+        exit_on_disconnect: bool = False,
+        load: Callable[[], DaemonConfig] | None = None,
+    ) -> None:
+        assert load is None or load() == config
         calls.append((config, inherited, exit_on_disconnect))
 
     monkeypatch.setattr("hcd.daemon.run", run)
@@ -190,7 +197,7 @@ def test_run_looks_in_etc_by_default(run: Run, monkeypatch: pytest.MonkeyPatch, 
 def test_run_ends_with_78_when_something_cannot_be_opened(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(_: DaemonConfig) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise ConfigError("cannot listen on /run/desk.sock: another process does")
 
     monkeypatch.setattr("hcd.daemon.run", refuse)

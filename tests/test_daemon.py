@@ -21,7 +21,7 @@ import trio
 import trio.testing
 from prometheus_client.parser import text_string_to_metric_families
 
-from hcd import daemon
+from hcd import supervisor
 
 SOURCE = """
 from hcd.device import ConfigError, Device, Option
@@ -325,7 +325,7 @@ async def test_what_fails_unexpectedly_is_logged_and_tried_again(
         if outcome is not None:
             raise outcome
 
-    await daemon._keep_up("desk", serve)
+    await supervisor.keep_up("desk", serve)
     assert next(outcomes, "none left") == "none left"
     assert caplog.text.count("desk: serving failed; trying again") == 2
 
