@@ -196,7 +196,7 @@ async def _reload_on_signal(
             await _reload(daemon, supervisor, sessions)
         except HcdError as exc:
             for line in str(exc).splitlines():
-                _log.error("not reloaded, nothing has changed: %s", line)
+                _log.error("not reloaded, all is as before: %s", line)
         except Exception:
             _log.exception("not reloaded: a defect")
         daemon.notifier.ready(watch.describe(supervisor.hosts))

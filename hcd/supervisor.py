@@ -279,6 +279,7 @@ class Supervisor:
         for spec in gone:
             try:
                 self.start(await self.open(spec), nursery)
+                _log.warning("%s: is served as before; a front end has had to connect again", spec.name)
             except HcdError as exc:
                 _log.error("it cannot be opened again and is served no more: %s", exc)
         self._unlisten()
