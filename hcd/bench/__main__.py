@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from hcd.bench import results
+from hcd.bench import extra, results
 from hcd.bench.backends import make_image
 from hcd.bench.cases import choose
 from hcd.bench.compare import Bench
@@ -68,8 +68,6 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _extra(arguments: argparse.Namespace) -> int:
-    from hcd.bench import extra
-
     chosen = extra.choose(arguments.cases)
     if arguments.list:
         print("\n".join(one.name for one in chosen))

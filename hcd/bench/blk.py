@@ -13,6 +13,7 @@ from hcd.bench.peer import Peer
 from hcd.errors import ConfigError
 from hcd.frontend.blk import BLOCK_FEATURES, read_config
 from hcd.frontend.client import Frontend
+from hcd.frontend.memory import SharedMemory
 
 __all__ = ["BlkCase", "BlkResult", "run", "start"]
 
@@ -72,16 +73,16 @@ def ring_size(case: BlkCase) -> int:
     return size
 
 
-def run(case: BlkCase) -> BlkResult:
+def run(case: BlkCase, memory: SharedMemory | None = None) -> BlkResult:
     """Load the back end at ``case.socket``. BackendError and TimeoutError when it fails; ConfigError for a case
-    that it cannot take."""
+    that it cannot take. ``memory`` is the guest's; None: as much as needed, in one region."""
     if case.size % SECTOR or case.size <= 0:
         raise ConfigError(f"requests of {case.size} bytes: expected a multiple of {SECTOR}")
     size = ring_size(case)
     if size < 3 * case.depth:
         raise ConfigError(f"depth {case.depth} needs a ring of {3 * case.depth} entries, not {size}")
     memory_size = (4 << 20) + case.queues * (case.depth * (case.size + 8192) + size * 64)
-    with Frontend(case.socket, memory_size=memory_size) as frontend:
+    with Frontend(case.socket, memory=memory, memory_size=memory_size) as frontend:
         frontend.negotiate(packed=case.packed, event_idx=case.event_idx, device=int(BLOCK_FEATURES))
         start(frontend, case.queues, size)
         return _load(case, frontend)

@@ -1,0 +1,142 @@
+"""Whether the cost of a request grows with what has nothing to do with it: scrapes, devices, ring size, regions."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from hcd.bench import blk
+from hcd.bench.extra import Context, Daemon, Measured, judged, median_of
+from hcd.bench.extra_idle import DEVICES, QUEUES, connected, disks
+from hcd.frontend.memory import MemorySlot, SharedMemory
+
+__all__ = ["devices", "memory_of", "regions", "ring_sizes", "scraper"]
+
+PAGE = 4096
+
+
+# -- metrics
+
+
+def scraper(context: Context) -> Sequence[Measured]:
+    """Load with and without somebody who reads /metrics ten times a second, in turn."""
+    quiet: list[blk.BlkResult] = []
+    scraped: list[blk.BlkResult] = []
+    times: list[float] = []
+    with context.daemon(disks) as hcd:
+        _touch_all(hcd)
+        others = [i for i in range(DEVICES) if i]
+        with connected(hcd.directory, others):
+            case = blk.BlkCase(f"{hcd.directory}/d0.sock", seconds=max(1.0, context.seconds))
+            for _ in range(context.rounds):
+                quiet.append(blk.run(case))
+                with _scraping(hcd.directory / "metrics.sock", times):
+                    scraped.append(blk.run(case))
+    cost = 1 - statistics.median(b.per_second / a.per_second for a, b in zip(quiet, scraped, strict=True))
+    tail = statistics.median(b.p99 / a.p99 for a, b in zip(quiet, scraped, strict=True))
+    return [
+        judged("ten scrapes a second: requests/s lost", f"{cost:.1%}", "<= 3 %", cost <= 0.03, cost=cost),
+        judged("ten scrapes a second: p99, times", f"{tail:.2f}", "<= 1.5", tail <= 1.5, ratio=tail),
+        judged(
+            f"a scrape of {DEVICES} devices x {QUEUES} queues under load",
+            f"median {median_of(times) * 1e3:.1f} ms, longest {max(times) * 1e3:.1f} ms",
+            "< 50 ms",
+            max(times) < 0.05,
+            longest=max(times),
+        ),
+    ]
+
+
+def _touch_all(hcd: Daemon) -> None:
+    """Every queue of every device has served requests, so that no histogram is empty."""
+    for i in range(DEVICES):
+        blk.run(blk.BlkCase(f"{hcd.directory}/d{i}.sock", depth=2, queues=QUEUES, rw="mix", seconds=0.02))
+
+
+@contextlib.contextmanager
+def _scraping(socket: Path, times: list[float]) -> Iterator[None]:
+    """A process of its own on this process' processor; the seconds that its scrapes took go to ``times``."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hcd.bench.scraper", str(socket)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()  # the first scrape is done
+        yield
+    finally:
+        output, _ = process.communicate(timeout=30)
+    times += json.loads(output)
+
+
+# -- what else there is
+
+
+def devices(context: Context) -> Sequence[Measured]:
+    """One loaded device among 1, 16 and 64 that are connected."""
+    counts = (1, 16, DEVICES)
+    with context.daemon(disks) as hcd:
+
+        def run(count: int) -> blk.BlkResult:
+            with connected(hcd.directory, range(1, count)):
+                return blk.run(blk.BlkCase(f"{hcd.directory}/d0.sock", seconds=context.seconds))
+
+        return _growth(context, "devices connected", counts, run, 0.05)
+
+
+def ring_sizes(context: Context) -> Sequence[Measured]:
+    """The same load on rings of 64 to 1024 entries."""
+    with context.daemon(lambda directory: disks(directory, 1)) as hcd:
+
+        def run(size: int) -> blk.BlkResult:
+            case = blk.BlkCase(f"{hcd.directory}/d0.sock", depth=16, ring_size=size, seconds=context.seconds)
+            return blk.run(case)
+
+        return _growth(context, "entries in the ring", (64, 256, 1024), run, 0.05)
+
+
+def regions(context: Context) -> Sequence[Measured]:
+    """The same load with its buffers in 1 to 64 regions of guest memory."""
+    with context.daemon(lambda directory: disks(directory, 1)) as hcd:
+
+        def run(count: int) -> blk.BlkResult:
+            with memory_of(count, 64, 4096) as memory:
+                case = blk.BlkCase(f"{hcd.directory}/d0.sock", depth=64, seconds=context.seconds)
+                return blk.run(case, memory)
+
+        return _growth(context, "regions of memory", (1, 8, 64), run, 0.1)
+
+
+def memory_of(count: int, buffers: int, size: int) -> SharedMemory:
+    """``count`` regions with gaps between them, and so little room that ``buffers`` of ``size`` bytes use them all."""
+    room = PAGE + -(-buffers // count) * size
+    slots, at = [], 0x4000_0000
+    for i in range(count):
+        extra = 2 * PAGE if i == 0 else 0  # for the ring
+        slots.append(MemorySlot(at, room + extra))
+        at += room + extra + (1 << 20)
+    return SharedMemory(slots)
+
+
+def _growth(
+    context: Context, what: str, values: Sequence[int], run: Callable[[int], blk.BlkResult], most: float
+) -> list[Measured]:
+    """By how much a request costs more than with the first value, the median of paired ratios: time at full load, and
+    (in words) processor time of the back end."""
+    results: dict[int, list[blk.BlkResult]] = {value: [] for value in values}
+    for _ in range(context.rounds):
+        for value in values:
+            results[value].append(run(value))
+    rows = []
+    for value in values[1:]:
+        pairs = list(zip(results[values[0]], results[value], strict=True))
+        growth = statistics.median(a.per_second / b.per_second for a, b in pairs) - 1
+        cpu = statistics.median(b.cpu_per_million / a.cpu_per_million for a, b in pairs) - 1
+        name = f"cost of a request with {value} {what}, to {values[0]}"
+        text = f"{growth:+.1%} (processor time {cpu:+.1%})"
+        rows.append(judged(name, text, f"<= {most:+.0%}", growth <= most, growth=growth, cpu=cpu))
+    return rows
