@@ -116,7 +116,8 @@ def memory_of(count: int, buffers: int, size: int) -> SharedMemory:
     room = PAGE + -(-buffers // count) * size
     slots, at = [], 0x4000_0000
     for i in range(count):
-        extra = 2 * PAGE if i == 0 else 0  # for the ring
+        # The ring takes a page and a half of the first one; the headers that don't fit beside it go to the next.
+        extra = (2 if count == 1 else 1) * PAGE if i == 0 else 0
         slots.append(MemorySlot(at, room + extra))
         at += room + extra + (1 << 20)
     return SharedMemory(slots)
