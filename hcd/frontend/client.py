@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
+from typing import Self
 
 from hcd_protocols.vhost_user import (
     BackChannelPeer,
@@ -107,7 +108,7 @@ class Frontend:
         device: int = DEVICE_FEATURES,
         protocol: int = PROTOCOL_FEATURES,
         first_kick: int = 0,
-    ) -> Frontend:
+    ) -> Self:
         """Connect, negotiate, share the memory and start ``queues`` queues of ``size`` entries."""
         self = cls(address, memory=memory, memory_size=memory_size, timeout=timeout, acks=acks)
         try:
@@ -149,7 +150,7 @@ class Frontend:
             self._back_channel.close()
             self._back_channel = None
 
-    def __enter__(self) -> Frontend:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:

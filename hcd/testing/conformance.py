@@ -1,0 +1,210 @@
+"""Does a device keep its contract? A run of rules against one that is served by hcd's own session code.
+
+Theory of operation. The check knows nothing of the device but what it declares. It plays a driver that is legal and
+inconvenient: it cuts requests into odd descriptors, fills rings, stops queues while they are busy, hangs up, comes
+back. Requests come from the author (:class:`Exchange`: what to send, and what must come back) and, for every queue,
+from the check itself (*probes*: bytes without a meaning). A device may fail a probe and may hold it until the queue
+stops (receive queues do); it must not raise, forget it, or hold it for longer.
+
+What goes wrong shows in the answers, in the counters of the host, in the log of hcd, and in what the process holds.
+Each finding names the rule that was broken; ``docs/devices.md`` explains them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hcd.demo.hcd_process import Resources
+from hcd.device import Device
+from hcd.frontend.errors import FrontendError
+from hcd.testing import declaration, rules
+from hcd.testing.exchanges import Exchange
+from hcd.testing.rules import LAYOUTS, Broken, Layout, Run
+from hcd.testing.serving import ServedDevice, Source, make_device, serve
+from hcd.testing.settle import settled_growth
+
+__all__ = ["ConformanceError", "Exchange", "Finding", "check_device", "find_faults"]
+
+#: a turn of a plain handler that takes longer (nanoseconds) is a finding; it warns in the log from 50 ms on
+SLOW_NS = 200_000_000
+#: how long (seconds) hcd waits for requests of a queue that stops; the daemon's default is 5
+DRAIN_TIMEOUT = 0.5
+
+#: the rule to which a line of hcd's log belongs
+_BY_TEXT = (
+    ("never completed", "complete"),
+    ("did not end within", "stop"),
+    ("were in flight when", "stop"),
+    ("the handler of", "handler"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One broken rule: its name, what happened, and in which variants of the run."""
+
+    rule: str
+    text: str
+    where: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        where = f" ({', '.join(self.where)})" if self.where else ""
+        return f"{self.rule}: {self.text}{where}"
+
+
+class ConformanceError(AssertionError):
+    """A device broke rules; ``findings`` has them, the message shows them."""
+
+    def __init__(self, device: str, findings: Sequence[Finding]) -> None:
+        lines = "\n".join(f"  {finding}" for finding in findings)
+        super().__init__(f"{device} breaks {len(findings)} of the rules that docs/devices.md names:\n{lines}")
+        self.findings = tuple(findings)
+
+
+def check_device(
+    device: Source,
+    options: Mapping[str, Any] | None = None,
+    *,
+    exchanges: Sequence[Exchange] = (),
+    skip: Collection[str] = (),
+    timeout: float = 5.0,
+) -> None:
+    """Raise ConformanceError unless ``device`` keeps the contract of :mod:`hcd.device`.
+
+    ``device`` and ``options`` as for :func:`hcd.testing.serve`. ``exchanges``: requests that must work, each with its
+    answer where that is known; the more of a queue's requests are given, the more is found. ``skip``: rules
+    whose findings do not count. ``timeout``: how long (seconds) an exchange may take.
+    """
+    made = make_device(device, options)
+    if findings := find_faults(made, exchanges=exchanges, skip=skip, timeout=timeout):
+        raise ConformanceError(type(made).__name__, findings)
+
+
+def find_faults(
+    device: Source,
+    options: Mapping[str, Any] | None = None,
+    *,
+    exchanges: Sequence[Exchange] = (),
+    skip: Collection[str] = (),
+    timeout: float = 5.0,
+) -> list[Finding]:
+    """The same, as a list."""
+    made = make_device(device, options)
+    check = _Check(made, exchanges, skip, timeout)
+    check.run()
+    return check.findings()
+
+
+@dataclass(slots=True)
+class _Check:
+    """One run over all rules and layouts."""
+
+    device: Device
+    exchanges: Sequence[Exchange]
+    skip: Collection[str]
+    timeout: float
+    found: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    holding: set[int] = field(default_factory=set)  # queues that hold requests until they stop
+
+    def findings(self) -> list[Finding]:
+        found = self.found.items()
+        return [Finding(rule, text, tuple(where)) for (rule, text), where in found if rule not in self.skip]
+
+    def add(self, rule: str, text: str, where: str = "") -> None:
+        places = self.found.setdefault((rule, text), [])
+        if where and where not in places:
+            places.append(where)
+
+    def run(self) -> None:
+        for text in declaration.faults(type(self.device)):
+            self.add("declaration", text)
+        if self.found:
+            return  # what is declared wrongly cannot be served
+        before = Resources()
+        try:
+            with _LogWatch() as log, serve(self.device, drain_timeout=DRAIN_TIMEOUT) as served:
+                for text in declaration.faults_when_open(self.device):
+                    self.add("declaration", text)
+                if not self.found:
+                    self.run_rules(served, log)
+        except Exception as error:
+            self.add("life", f"open() or close() raised {_shown(error)}")
+        if growth := settled_growth(before, Resources):
+            self.add("leaks", f"after close() this process still holds {growth}")
+
+    def run_rules(self, served: ServedDevice, log: _LogWatch) -> None:
+        layouts = [*LAYOUTS, *(rules.IN_ORDER_LAYOUTS if self.device.in_order else ())]
+        for name in rules.RULES:
+            known = len(self.found)
+            for layout in layouts[:1] if name in rules.ONCE else layouts:
+                self.run_rule(served, log, name, layout)
+                if len(self.found) > known:
+                    break  # one kind of ring is enough to see it, and what fails tends to take long
+
+    def run_rule(self, served: ServedDevice, log: _LogWatch, name: str, layout: Layout) -> None:
+        run = Run(served, layout, self.exchanges, self.timeout, self.holding)
+        served.run(served.host.rare_log.flush)
+        errors = served.host.handler_errors
+        try:
+            rules.RULES[name](run)
+        except Broken as broken:
+            self.add(broken.rule or name, str(broken), layout.name)
+        except FrontendError as error:
+            self.add(name, f"{run.step}: {error}", layout.name)
+        finally:
+            run.close()
+        served.wait_disconnected()
+        self.collect(served, log, name, layout, served.host.handler_errors - errors)
+
+    def collect(self, served: ServedDevice, log: _LogWatch, name: str, layout: Layout, errors: int) -> None:
+        """Turn what hcd noticed meanwhile into findings."""
+        noticed = False
+        for text in log.take():
+            rule = next((rule for part, rule in _BY_TEXT if part in text), "callback")
+            self.add(rule, text, layout.name)
+            noticed = True
+        for error in served.crashes:
+            text = f"a method of the device raised {_shown(error)} and took the connection along"
+            self.add("life", text, layout.name)
+        if errors and not noticed:
+            self.add("handler", f"the handler failed {errors} times during the rule {name}", layout.name)
+        for queue, ns in served.slow_turns:
+            if ns > SLOW_NS:
+                self.add("blocking", f"process() of queue {queue} kept every device of the process waiting for "
+                         f"{'more than a second' if ns > 1e9 else 'over 200 ms'}", layout.name)
+        served.crashes.clear()
+        served.slow_turns.clear()
+
+
+class _LogWatch(logging.Handler):
+    """Collects what hcd itself reports as an error."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._texts: list[str] = []
+
+    def __enter__(self) -> _LogWatch:
+        logging.getLogger("hcd").addHandler(self)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        logging.getLogger("hcd").removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if record.name == "hcd.device" or text.startswith("traceback of"):
+            return  # the device's own lines; what is told once more
+        if record.levelno >= logging.ERROR or "were in flight when" in text:
+            cause = record.exc_info[1] if record.exc_info else None
+            self._texts.append(f"{text}: {_shown(cause)}" if cause is not None and record.name == "hcd.lanes" else text)
+
+    def take(self) -> list[str]:
+        texts, self._texts = self._texts, []
+        return texts
+
+
+def _shown(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,80 @@
+"""The conformance check finds what is wrong with a device, and nothing wrong with a good one."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import faulty_devices
+import pytest
+
+from hcd.device import Device
+from hcd.testing import ConformanceError, Exchange, check_device, find_faults
+
+SHOUTS = (Exchange(b"hello", 64, b"HELLO"), Exchange(b"world wide", 64, b"WORLD WIDE"))
+READ_SECTOR_0 = struct.pack("<IIQ", 0, 0, 0)
+WRITE_SECTOR_8 = struct.pack("<IIQ", 1, 0, 8) + b"x" * 512
+GET_ID = struct.pack("<IIQ", 8, 0, 0)
+
+
+@pytest.mark.parametrize("kind", faulty_devices.GOOD)
+def test_a_good_device_passes(kind: type[Device]) -> None:
+    """In the reactor, in trio, in order and out of it."""
+    check_device(kind, exchanges=SHOUTS)
+
+
+@pytest.mark.parametrize("kind", faulty_devices.FAULTY)
+def test_a_seeded_mistake_is_found(kind: type[faulty_devices.Shout], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The finding names the rule that the mistake breaks."""
+    monkeypatch.setattr("hcd.testing.conformance.DRAIN_TIMEOUT", 0.05)
+    exchanges: tuple[Exchange, ...] = SHOUTS
+    if kind is faulty_devices.FirstQueueOnly:
+        exchanges += (Exchange(b"second", 64, b"SECOND", queue=1),)
+    findings = find_faults(kind, exchanges=exchanges, timeout=0.2)
+    assert kind.BREAKS in {finding.rule for finding in findings}, findings
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "exchanges"),
+    [
+        ("rng", {}, [Exchange(b"", 64)]),
+        ("rng", {"max-bytes": 64, "period": 10}, []),
+        (
+            "blk",
+            {"ram": "1M", "serial": "disk"},
+            [
+                Exchange(READ_SECTOR_0, 513, bytes(513)),
+                Exchange(WRITE_SECTOR_8, 1, b"\0"),
+                Exchange(GET_ID, 21, b"disk".ljust(21, b"\0")),
+            ],
+        ),
+        ("net", {}, [Exchange(bytes(72), queue=1)]),
+        ("net", {"queue-pairs": 2, "mac": "52:54:00:12:34:56"}, []),
+    ],
+)
+def test_devices_of_hcd_pass(kind: str, options: dict[str, Any], exchanges: list[Exchange]) -> None:
+    """What hcd ships keeps the contract that it asks of others."""
+    check_device(kind, options, exchanges=exchanges)
+
+
+def test_the_error_shows_every_finding() -> None:
+    """A failing test of a plug-in says which rule was broken and how."""
+    with pytest.raises(ConformanceError, match=r"(?s)ConfigGrows breaks.*config: .*must not change its size") as caught:
+        check_device(faulty_devices.ConfigGrows, exchanges=SHOUTS)
+    assert caught.value.findings
+
+
+def test_a_rule_can_be_skipped() -> None:
+    """An author who knows better says so in the test."""
+    check_device(faulty_devices.ConfigGrows, exchanges=SHOUTS, skip={"config"})
+
+
+def test_a_device_that_cannot_be_opened_is_a_finding() -> None:
+    """So is one that fails to close."""
+
+    class Closed(faulty_devices.Shout):
+        def open(self, lane: object) -> None:
+            raise OSError("no such lamp")
+
+    (finding,) = find_faults(Closed)
+    assert (finding.rule, "no such lamp" in finding.text) == ("life", True)
