@@ -74,6 +74,7 @@ class Backend:
         queue.on_error = self._on_error
         queue.on_drained = self._on_drained
         host.lane.attach(queue)
+        host.wrapping.attach(queue)
 
         def follow(bell: Doorbell) -> None:
             queue.set_doorbell(bell.stats)

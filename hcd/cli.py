@@ -248,7 +248,7 @@ def _device_help(argv: Sequence[str]) -> int:
 
 
 def _device_parser(type_name: str, cls: type[DeviceBase]) -> _Parser:
-    from hcd import config
+    from hcd import config, wrappers
 
     parser = _Parser(prog=f"hcd device {type_name}", description=cls.description, allow_abbrev=False)
     where = parser.add_mutually_exclusive_group(required=True)
@@ -258,6 +258,10 @@ def _device_parser(type_name: str, cls: type[DeviceBase]) -> _Parser:
     parser.add_argument("--path", type=_text(config.parse_path), help="auto, pio, mmio, hypercall or direct")
     parser.add_argument("--bus", type=_text(config.check_bus), help="pci, mmio or ccw")
     parser.add_argument("--qmp", type=_text(config.check_qmp), metavar="PATH", help="QMP socket of the front end")
+    parser.add_argument(
+        "--wrap", type=_text(wrappers.parse_text), action="append", default=[], metavar="WRAPPER",
+        help="run under log or error:OPTION=VALUE,...; again for more, the first one outermost",
+    )
     parser.add_argument("--metrics", type=_text(config.parse_address), metavar="ADDR", help="HOST:PORT or unix:PATH")
     parser.add_argument("--poll-us", type=_text(_poll_us), default=config.DEFAULT_POLL_US, metavar="US")
     parser.add_argument(
@@ -287,7 +291,10 @@ def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
 
 def _device_config(type_name: str, cls: type[DeviceBase], arguments: argparse.Namespace, path: str) -> DaemonConfig:
     from hcd.config import DaemonConfig, DeviceSpec
+    from hcd.device import Device
 
+    if arguments.wrap and not issubclass(cls, Device):
+        raise ConfigError(f"--wrap: type {type_name} is not a virtio device")
     given = vars(arguments)
     spec = DeviceSpec(
         name=arguments.name,
@@ -297,6 +304,7 @@ def _device_config(type_name: str, cls: type[DeviceBase], arguments: argparse.Na
         bus=arguments.bus,
         qmp=arguments.qmp,
         options={option.key: given[f"option {option.key}"] for option in cls.options},
+        wrap=tuple(arguments.wrap),
     )
     return DaemonConfig((spec,), arguments.metrics, arguments.poll_us, arguments.drain_timeout)
 

@@ -14,6 +14,7 @@
     path = "auto"                   # or pio, mmio, hypercall, direct: the declared path of its doorbells
     bus = "pci"                     # optional: pci, mmio, ccw; what the front end plugs the device into
     qmp = "/run/vm/qmp.sock"        # optional: where QEMU can be asked for the path
+    wrap = ["log"]                  # optional: run it under these (hcd.wrappers), the first one outermost
     [device.options]
     blk-file = "/var/lib/vm/disk0.raw"
 """
@@ -28,8 +29,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hcd import options as opt
-from hcd import plugins
-from hcd.device import DeviceBase, Option
+from hcd import plugins, wrappers
+from hcd.device import Device, DeviceBase, Option
 from hcd.doorbell import Path
 from hcd.errors import ConfigError, PluginError
 
@@ -56,7 +57,7 @@ DEFAULT_DRAIN_TIMEOUT = 5.0
 _SUN_PATH_MAX = 107
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,62}", re.ASCII)
 _DAEMON_KEYS = ("metrics", "poll_us", "drain_timeout")
-_DEVICE_KEYS = ("name", "type", "socket", "path", "bus", "qmp", "options")
+_DEVICE_KEYS = ("name", "type", "socket", "path", "bus", "qmp", "wrap", "options")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,7 @@ class DeviceSpec:
     bus: str | None = None
     qmp: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    wrap: tuple[wrappers.WrapSpec, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +269,26 @@ class _Reader:
             bus=self.text(table, found, "bus", check_bus),
             qmp=self.text(table, found, "qmp", check_qmp),
             options=self.options(table, found.get("type"), found.get("options", {})),
+            wrap=self.wrap(table, found),
         )
+
+    def wrap(self, table: str, found: Mapping[str, Any]) -> tuple[wrappers.WrapSpec, ...]:
+        if "wrap" not in found:
+            return ()
+        try:
+            specs = wrappers.parse(found["wrap"])
+            if specs and not self.is_virtio(found.get("type")):
+                raise ValueError("only virtio devices can be wrapped")
+        except ValueError as exc:
+            self.problem(table, "wrap", str(exc))
+            return ()
+        return specs
+
+    def is_virtio(self, type_name: object) -> bool:
+        try:
+            return issubclass(self.find_type(str(type_name)), Device)
+        except (ConfigError, PluginError):
+            return True  # reported where the options are read
 
     def options(self, table: str, type_name: object, found: object) -> dict[str, Any]:
         if not isinstance(type_name, str):

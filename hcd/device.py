@@ -219,6 +219,13 @@ class Device(DeviceBase):
         """
         raise NotImplementedError
 
+    def describe(self, request: Request) -> str:
+        """What ``request`` asks for, for the wrapper ``log``: one line, without its payload.
+
+        Called before ``process`` sees the request: read its header by offset, move no cursor.
+        """
+        return f"{request.readable_size} bytes, room for {request.writable_size}"
+
     def fail_request(self, request: Request, status: int) -> None:
         """Complete ``request`` as failed. Called for a request during which ``process`` raised."""
         request.complete(0)

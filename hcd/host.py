@@ -18,6 +18,7 @@ from hcd.doorbell import Doorbell, Path, PathSource, Registry
 from hcd.errors import PluginError
 from hcd.lanes import Lanes, QueueLane
 from hcd.log import RateLimited
+from hcd.wrappers import Stack
 
 __all__ = ["DeviceHost", "HostBase"]
 
@@ -123,6 +124,7 @@ class DeviceHost(HostBase):
         self.device = device
         self.doorbells: list[Doorbell] = []
         self.queue_stats: list[QueueStats] = []
+        self.wrapping = Stack(spec.wrap, device, self.lane, self.log)
 
     @property
     def guest_errors(self) -> int:

@@ -21,7 +21,7 @@ GROUP = "hcd.devices"
 RESERVED = frozenset(
     (
         *("help", "socket-path", "fd", "name", "path", "bus", "qmp", "metrics", "log-level"),
-        *("poll-us", "drain-timeout", "exit-on-disconnect", "print-capabilities", "version"),
+        *("poll-us", "drain-timeout", "exit-on-disconnect", "print-capabilities", "version", "wrap"),
     )
 )
 

@@ -122,6 +122,8 @@ cdef class Virtqueue:
     cdef public object scheduler      # flush_later(queue), completions(queue): see reactor.pyx
     cdef public object on_error       # (queue, exception): the handler raised, or the ring is broken
     cdef public object on_drained
+    cdef public object on_take        # (request) -> bool: a wrapper sees each request first; False: it keeps it
+    cdef public object on_settle      # (request, written) -> bool: and each completion; False: settle_held() follows
     cdef public object tag            # whatever the owner wants to find here again
     cdef list remote
     # the reactor's notes
@@ -131,6 +133,7 @@ cdef class Virtqueue:
     cdef uint64_t ready_woken
 
     cdef Request take(self)
+    cdef Request take_next(self)
     cpdef unpop(self, Request r)
     cdef Request fresh(self)
     cdef void new_generation(self) noexcept
@@ -143,6 +146,7 @@ cdef class Virtqueue:
     cdef int break_ring(self, str why) except -1
     cdef int used(self, uint16_t head, uint16_t slots, uint32_t written) except -1
     cdef int settle(self, Request r, int64_t written) except -1
+    cdef int settle_now(self, Request r, int64_t written) except -1
     cdef int flush_now(self) except -1
     cdef int signal(self) except -1
     cdef bint update_running(self)

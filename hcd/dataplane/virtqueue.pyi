@@ -91,6 +91,9 @@ class Virtqueue:
     scheduler: Any
     on_error: Callable[[Virtqueue, Exception], None] | None
     on_drained: Callable[[Virtqueue], None] | None
+    on_take: Callable[[Request], bool] | None  # sees each request first; False: keeps it (hcd.wrappers)
+    on_settle: Callable[[Request, int], bool] | None  # sees each completion; False: settle_held() follows
+    def settle_held(self, r: Request) -> None: ...
     @property
     def kick_fd(self) -> int: ...
     @property

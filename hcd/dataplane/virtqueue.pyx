@@ -324,6 +324,13 @@ cdef class Virtqueue:
         return r
 
     cdef Request take(self):
+        """The next request, None when there is none; wrappers see it first and may keep it."""
+        cdef Request r = self.take_next()
+        while r is not None and self.on_take is not None and not self.on_take(r):
+            r = self.take_next()
+        return r
+
+    cdef Request take_next(self):
         cdef Request r
         cdef int got
         if not self.ring.running or not ring_has_work(&self.ring):
@@ -460,7 +467,20 @@ cdef class Virtqueue:
             r.finish(written)
 
     cdef int settle(self, Request r, int64_t written) except -1:
-        """Complete ``r`` on the owner thread."""
+        """Complete ``r`` on the owner thread, unless a wrapper holds it back."""
+        if self.on_settle is not None:
+            r.state = TRAVELS
+            r.result = written
+            if not self.on_settle(r, written):
+                return 0
+        return self.settle_now(r, written)
+
+    def settle_held(self, Request r):
+        """Complete what ``on_settle`` held back."""
+        if r.state == TRAVELS:
+            self.settle_now(r, r.result)
+
+    cdef int settle_now(self, Request r, int64_t written) except -1:
         cdef uint64_t now = hcd_now()
         cdef Request next_one
         self.stats.c.requests[r.op * STATUSES + r.status] += 1

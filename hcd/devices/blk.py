@@ -49,6 +49,9 @@ DISCARD, WRITE_ZEROES = int(RequestType.DISCARD), int(RequestType.WRITE_ZEROES)
 IOERR, UNSUPP = int(Status.IOERR), int(Status.UNSUPP)
 HEADER = REQUEST_HEADER.size
 
+#: what the log wrapper calls requests
+NAMES = {IN: "read", OUT: "write"} | {int(kind): kind.name.lower() for kind in RequestType if kind > OUT}
+
 OPERATIONS = ("read", "write", "flush", "discard", "write_zeroes", "get_id", "other")
 OP_READ, OP_WRITE, OP_FLUSH, OP_DISCARD, OP_WRITE_ZEROES, OP_GET_ID, OP_OTHER = range(7)
 
@@ -265,6 +268,13 @@ class Block(Device):
             self._disk.discard(request, ranges)
         else:
             self._disk.write_zeroes(request, ranges)
+
+    def describe(self, request: Request) -> str:
+        kind = request.u32(0)
+        if kind not in (IN, OUT):
+            return NAMES.get(kind, f"type {kind}")
+        size = request.writable_size - 1 if kind == IN else request.readable_size - HEADER
+        return f"{NAMES[kind]} sector {request.u64(8)}, {size} bytes"
 
     def fail_request(self, request: Request, status: int) -> None:
         if request.writable_size:
