@@ -45,7 +45,7 @@ def need() -> Callable[..., None]:
 @pytest.fixture
 def short_dir() -> Iterator[Path]:
     """A directory with a short path: the path of a unix socket has 107 bytes at most, pytest's are longer."""
-    with tempfile.TemporaryDirectory(prefix="hcd-", dir="/tmp", ignore_cleanup_errors=True) as path:
+    with tempfile.TemporaryDirectory(prefix="hcd-", ignore_cleanup_errors=True) as path:
         yield Path(path)
 
 

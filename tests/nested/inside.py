@@ -18,7 +18,7 @@ from hcd.lab.devices import configuration
 
 
 def main(results: Path, rings: str, trips: str) -> int:
-    with tempfile.TemporaryDirectory(prefix="hcd-", dir="/tmp") as name:
+    with tempfile.TemporaryDirectory(prefix="hcd-", dir=results.parent) as name:
         directory = Path(name)
         text, sockets = configuration(directory)
         with HcdProcess.from_config(directory, text) as hcd:
