@@ -222,8 +222,10 @@ class TrioLane:
         self._tasks: dict[Virtqueue, _TaskHandle] = {}
 
     async def run(self, function: Callable[[], T]) -> T:
-        await trio.lowlevel.checkpoint()
-        return function()
+        # Not cancelled before the call: what the function was to take over (descriptors) would be lost.
+        result = function()
+        await trio.lowlevel.cancel_shielded_checkpoint()
+        return result
 
     def post(self, callback: Callable[[], object]) -> None:
         self._token.run_sync_soon(_guarded, callback)

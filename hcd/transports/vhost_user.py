@@ -4,24 +4,18 @@ Theory of operation.
 
 * Each device has one listening socket for the life of the process. One front end at a time: a second is refused while
   the first is really there; one that comes while the last session is being torn down waits for that and is served.
-* A message is taken off the socket only when it is there whole: its header is looked at with MSG_PEEK and without a
-  control buffer, the kernel is asked how much has come (SIOCINQ), then recvmsg takes exactly that message. Reading
-  further would glue the next message's descriptors to this one; so a connection is never in the middle of a message.
-* Messages take effect on the device's lane, one at a time, in their order, and are answered after that.
+* Messages are taken off the socket whole (message_socket.py). They take effect on the device's lane, one at a time, in
+  their order, and are answered after that.
 * GET_VRING_BASE waits for the requests in flight, and so does the end of a session: what a guest wrote should reach
   the disk. Both wait ``drain_timeout`` at most, because QEMU's main thread waits for the answer.
 """
 
 from __future__ import annotations
 
-import array
-import fcntl
 import logging
 import os
 import socket
-import termios
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import trio
 from hcd_protocols.vhost_user import BackChannel, BackendConnection, events
@@ -34,15 +28,11 @@ from hcd.dataplane.memory import MemoryTable, Region
 from hcd.doorbell import Path, PathSource
 from hcd.errors import DeviceError, ProtocolError
 from hcd.host import DeviceHost
-from hcd.transports.accept import accept_one_at_a_time, hung_up, peer_pid
+from hcd.transports.accept import accept_one_at_a_time, peer_pid
+from hcd.transports.message_socket import HungUp, MessageSocket, close_all
 
 __all__ = ["offered_features", "offered_protocol_features", "serve", "serve_connected"]
 
-HEADER_SIZE = 12
-#: no message brings more than one per memory region of the largest table; rust-vmm allows 32 as well
-MAX_FDS = 32
-#: how often (seconds) a message that came in part is looked at again
-PARTIAL_PAUSE = 0.005
 #: QEMU answers QMP only once its machine is built, which may take as long as other devices of it take
 QMP_ATTEMPTS = 3
 #: QEMU may open its QMP socket after it connects here (seconds)
@@ -109,13 +99,6 @@ def _bound_path(sock: socket.socket) -> str:
     return name if isinstance(name, str) else ""
 
 
-@dataclass(slots=True)
-class _Cut(Exception):
-    """The front end hung up; ``middle``: in the middle of a message."""
-
-    middle: bool
-
-
 class _Session:
     """One connection of a front end."""
 
@@ -123,7 +106,6 @@ class _Session:
         self.host = host
         self.over = trio.Event()
         self.peer = peer_pid(sock)
-        self._sock = sock
         self._qmp_path = qmp_path
         self._told_migration = False
         self._back_channel: socket.socket | None = None
@@ -136,10 +118,11 @@ class _Session:
             max_queue_size=host.device.max_queue_size,
             config_size=len(host.device.config()) if host.device.serves_config else 0,
         )
+        self._link = MessageSocket(sock, self._conn)
 
     def hung_up(self) -> bool:
         """Whether the front end closed its end, even if hcd has not come round to it yet."""
-        return hung_up(self._sock.fileno())
+        return self._link.hung_up()
 
     # -- life
 
@@ -162,19 +145,19 @@ class _Session:
         host = self.host
         try:
             while True:
-                await self._receive()
+                await self._link.receive()
                 while (event := self._conn.next_event()) is not None:
                     await self._handle(event, nursery)
-                    await self._send()
-                await self._send()
-        except _Cut as cut:
-            if cut.middle:
+                    await self._link.send()
+                await self._link.send()
+        except HungUp as end:
+            if end.middle:
                 self._protocol_error("the front end hung up in the middle of a message")
             else:
                 host.rare_log.log(logging.INFO, "disconnections", "front end disconnected")
         except ProtocolError as error:
             self._protocol_error(str(error))
-            await self._send_last()
+            await self._link.send_last()
         except OSError as error:
             host.log.warning("connection to the front end failed: %s", error.strerror or error)
 
@@ -197,11 +180,10 @@ class _Session:
             await self._drain_all(backend)
             await host.lane.run(backend.close)
             await host.lane.run(self._give_up_path)
-        self._sock.close()
+        self._link.close()
         if self._back_channel is not None:
             self._back_channel.close()
-        for fd in self._conn.take_unclaimed_fds():
-            os.close(fd)
+        close_all(self._conn.take_unclaimed_fds())
         host.connected = False
         self.over.set()
 
@@ -210,82 +192,6 @@ class _Session:
         busy = await self.host.lane.run(lambda: backend.begin_close(drained.from_any_thread))
         with trio.move_on_after(self.host.drain_timeout):
             await drained.wait(busy)
-
-    # -- bytes
-
-    async def _receive(self) -> None:
-        """Take one whole message off the socket and hand it to the connection."""
-        await self._until_header()
-        header = await self._sock.recv(HEADER_SIZE, socket.MSG_PEEK)
-        if len(header) < HEADER_SIZE:
-            # Sent in pieces with descriptors on the first: peeking ends there. Take it as it is.
-            header = await self._take_exactly(HEADER_SIZE)
-            await self._until(self._conn.message_length(header) - HEADER_SIZE)
-            await self._take_exactly(self._conn.message_length(header) - HEADER_SIZE)
-            return
-        length = self._conn.message_length(header)
-        await self._until(length)
-        await self._take_exactly(length)
-
-    async def _take_exactly(self, length: int) -> bytes:
-        taken = b""
-        while len(taken) < length:
-            data, fds = await self._take(length - len(taken))
-            self._conn.receive_data(data, fds)
-            taken += data
-        return taken
-
-    async def _until_header(self) -> None:
-        if await self._sock.recv(1, socket.MSG_PEEK) == b"":
-            raise _Cut(False)
-        await self._until(HEADER_SIZE)
-
-    async def _until(self, wanted: int) -> None:
-        """Return when ``wanted`` bytes can be read; _Cut when the front end hung up before."""
-        while self._readable() < wanted:
-            # Readiness cannot be waited for: the socket is readable all the time with what is there already.
-            if self.hung_up():
-                if self._readable() >= wanted:
-                    return
-                raise _Cut(True)
-            await trio.sleep(PARTIAL_PAUSE)
-
-    def _readable(self) -> int:
-        count = array.array("i", [0])
-        fcntl.ioctl(self._sock.fileno(), termios.FIONREAD, count)
-        return count[0]
-
-    async def _take(self, most: int) -> tuple[bytes, list[int]]:
-        data, ancillary, flags, _ = await self._sock.recvmsg(
-            most, socket.CMSG_SPACE(MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC
-        )
-        fds = array.array("i")
-        for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
-        if flags & socket.MSG_CTRUNC:
-            _discard(fds)
-            raise ProtocolError(f"a message brought more than {MAX_FDS} descriptors, or more than this process may "
-                                "open")
-        if not data:
-            _discard(fds)
-            raise _Cut(True)
-        return data, list(fds)
-
-    async def _send(self) -> None:
-        for data, fds in self._conn.data_to_send():
-            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-            sent = await self._sock.sendmsg([data], ancillary)
-            while sent < len(data):
-                sent += await self._sock.send(data[sent:])
-
-    async def _send_last(self) -> None:
-        """The answer to the message that broke the protocol, if the front end still takes it."""
-        with trio.move_on_after(1):
-            try:
-                await self._send()
-            except OSError:
-                return
 
     # -- messages
 
@@ -345,7 +251,7 @@ class _Session:
             case events.SetOwner() | events.SetStatus():
                 pass
             case _:
-                _discard(event.fds_carried)
+                close_all(event.fds_carried)
                 raise ProtocolError(f"{describe(event.request)} was never offered")
 
     async def _stop_ring(self, index: int) -> int:
@@ -488,14 +394,9 @@ def _new_table(old: MemoryTable, event: events.Event) -> MemoryTable:
     except LookupError as error:
         raise ProtocolError(f"{describe(event.request)}: {error}") from None
     finally:
-        _discard(event.fds_carried)
+        close_all(event.fds_carried)
     raise AssertionError(event)
 
 
 def _map(region: events.MemoryRegion, fd: int) -> Region:
     return Region(region.guest_addr, region.size, region.user_addr, region.mmap_offset, fd)
-
-
-def _discard(fds: Iterable[int]) -> None:
-    for fd in fds:
-        os.close(fd)

@@ -1,0 +1,137 @@
+"""Whole vhost-user messages from and to a stream socket.
+
+Theory of operation. A message is taken off the socket only when it is there whole: its header is looked at with
+MSG_PEEK and without a control buffer, the kernel is asked how much has come (SIOCINQ), then recvmsg takes exactly that
+message. Reading further would glue the next message's descriptors to this one, reading less would take descriptors
+before their message; so a connection is never in the middle of a message, and could be handed over at any time.
+"""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import os
+import socket
+import termios
+from collections.abc import Iterable
+
+import trio
+from hcd_protocols.vhost_user import BackendConnection
+
+from hcd.errors import ProtocolError
+from hcd.transports.accept import hung_up
+
+__all__ = ["HungUp", "MessageSocket", "close_all"]
+
+HEADER_SIZE = 12
+#: no message brings more than one per memory region of the largest table; rust-vmm allows 32 as well
+MAX_FDS = 32
+#: how often (seconds) a message that came in part is looked at again
+PARTIAL_PAUSE = 0.005
+#: how long (seconds) the answer to a message that ends the connection may take
+LAST_WORDS = 1.0
+
+
+class HungUp(Exception):
+    """The peer hung up; ``middle``: in the middle of a message."""
+
+    def __init__(self, *, middle: bool) -> None:
+        super().__init__("in the middle of a message" if middle else "between messages")
+        self.middle = middle
+
+
+class MessageSocket:
+    """Carries messages between ``sock``, which it owns, and a sans-IO connection."""
+
+    def __init__(self, sock: trio.socket.SocketType, connection: BackendConnection) -> None:
+        self._sock = sock
+        self._connection = connection
+
+    def hung_up(self) -> bool:
+        """Whether the peer closed its end, even if that has not been read yet."""
+        return hung_up(self._sock.fileno())
+
+    def close(self) -> None:
+        self._sock.close()
+
+    # -- in
+
+    async def receive(self) -> None:
+        """Take one whole message and hand it to the connection. HungUp or ProtocolError."""
+        if await self._sock.recv(1, socket.MSG_PEEK) == b"":
+            raise HungUp(middle=False)
+        await self._until(HEADER_SIZE)
+        header = await self._sock.recv(HEADER_SIZE, socket.MSG_PEEK)
+        seen = 0
+        if len(header) < HEADER_SIZE:
+            # Sent in pieces with descriptors on the first: peeking ends there. Take it as it is.
+            header = await self._take_exactly(HEADER_SIZE)
+            seen = HEADER_SIZE
+        length = self._connection.message_length(header) - seen
+        await self._until(length)
+        await self._take_exactly(length)
+
+    async def _until(self, wanted: int) -> None:
+        """Return when ``wanted`` bytes can be read; HungUp when the peer closed its end before."""
+        while self._readable() < wanted:
+            # Readiness cannot be waited for: the socket is readable all the time with what is there already.
+            if self.hung_up():
+                if self._readable() >= wanted:
+                    return
+                raise HungUp(middle=True)
+            await trio.sleep(PARTIAL_PAUSE)
+
+    def _readable(self) -> int:
+        count = array.array("i", [0])
+        fcntl.ioctl(self._sock.fileno(), termios.FIONREAD, count)
+        return count[0]
+
+    async def _take_exactly(self, length: int) -> bytes:
+        taken = b""
+        while len(taken) < length:
+            data, fds = await self._take(length - len(taken))
+            self._connection.receive_data(data, fds)
+            taken += data
+        return taken
+
+    async def _take(self, most: int) -> tuple[bytes, list[int]]:
+        data, ancillary, flags, _ = await self._sock.recvmsg(
+            most, socket.CMSG_SPACE(MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC
+        )
+        fds = array.array("i")
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+        if flags & socket.MSG_CTRUNC:
+            close_all(fds)
+            raise ProtocolError(
+                f"a message brought more than {MAX_FDS} descriptors, or more than this process may open"
+            )
+        if not data:
+            close_all(fds)
+            raise HungUp(middle=True)
+        return data, list(fds)
+
+    # -- out
+
+    async def send(self) -> None:
+        """Send what the connection has to say."""
+        for data, fds in self._connection.data_to_send():
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+            sent = await self._sock.sendmsg([data], ancillary)
+            while sent < len(data):
+                sent += await self._sock.send(data[sent:])
+
+    async def send_last(self) -> None:
+        """The answer to the message that broke the protocol, if the peer still takes it."""
+        with trio.move_on_after(LAST_WORDS):
+            try:
+                await self.send()
+            except OSError:
+                return
+
+
+def close_all(fds: Iterable[int]) -> None:
+    """Close descriptors that a message brought."""
+    for fd in fds:
+        os.close(fd)
