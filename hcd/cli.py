@@ -89,15 +89,19 @@ def _parser() -> _Parser:
     check.add_argument("config")
     check.set_defaults(run=_check)
     devices = commands.add_parser("devices", help="list device types and their options", allow_abbrev=False)
+    devices.add_argument("--dump", metavar="NAME", help="tell scripts about one type, as lines of key=value")
     devices.set_defaults(run=_devices)
+    new = commands.add_parser("new-device", help="write a package with a device type to start from", allow_abbrev=False)
+    new.add_argument("name", help="of the device type; the package is hcd-NAME, in a directory of that name")
+    new.set_defaults(run=_new_device)
     commands.add_parser("device", help="serve one device (hcd device TYPE --help)", add_help=False)
     commands.add_parser("lab", help="measure what each path out of a guest costs here", add_help=False)
     commands.add_parser("bench", help="load a vhost-user back end (hcd bench --help)", add_help=False)
     return parser
 
 
-def _add_log_level(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--log-level", choices=_LEVELS, default="info", help="default info")
+def _add_log_level(parser: argparse.ArgumentParser, default: str = "info") -> None:
+    parser.add_argument("--log-level", choices=_LEVELS, default=default, help=f"default {default}")
 
 
 # -- bench, lab
@@ -165,9 +169,14 @@ def _trial(spec: DeviceSpec) -> str:
 # -- devices
 
 
-def _devices(_: argparse.Namespace) -> int:
+def _devices(arguments: argparse.Namespace) -> int:
     from hcd import plugins
 
+    if arguments.dump is not None:
+        from hcd.dump import dump
+
+        print("\n".join(dump(arguments.dump)))
+        return 0
     status = 0
     for name in plugins.names():
         try:
@@ -179,6 +188,14 @@ def _devices(_: argparse.Namespace) -> int:
         for option in cls.options:
             print(f"    {_usage(option):28} {_help(option)}")
     return status
+
+
+def _new_device(arguments: argparse.Namespace) -> int:
+    from hcd import scaffold
+
+    directory = scaffold.write(arguments.name)
+    print(f"{directory}: {directory}/README.md says how to go on")
+    return 0
 
 
 def _usage(option: Option) -> str:
@@ -196,7 +213,8 @@ def _help(option: Option) -> str:
 # -- device
 
 
-def _device(argv: Sequence[str]) -> int:
+def _device(words: Sequence[str]) -> int:
+    argv, command = _split(words)
     type_name = argv[0] if argv and not argv[0].startswith("-") else None
     if "--print-capabilities" in argv:
         type_name = type_name or next((word for word in argv if not word.startswith("-")), None)
@@ -208,8 +226,10 @@ def _device(argv: Sequence[str]) -> int:
     from hcd import log, plugins, sockets
 
     cls = plugins.load(type_name)
-    arguments = _device_parser(type_name, cls).parse_args(argv[1:])
+    arguments = _device_parser(type_name, cls, bool(command)).parse_args(argv[1:])
     log.setup(arguments.log_level)
+    if command:
+        return _captive(type_name, cls, arguments, command)
     kind = sockets.KINDS[cls.transport]
     inherited = sockets.adopt_fd(arguments.fd, kind) if arguments.fd is not None else None
     path = arguments.socket_path if inherited is None else sockets.local_path(inherited)
@@ -221,6 +241,26 @@ def _device(argv: Sequence[str]) -> int:
         exit_on_disconnect=arguments.exit_on_disconnect,
     )
     return 0
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What belongs to hcd, and the command after "--"."""
+    at = words.index("--") if "--" in words else len(words)
+    return list(words[:at]), list(words[at + 1 :])
+
+
+def _captive(type_name: str, cls: type[DeviceBase], arguments: argparse.Namespace, command: Sequence[str]) -> int:
+    from hcd.captive import Captive
+
+    if arguments.fd is not None or arguments.exit_on_disconnect:
+        return _fail("--fd and --exit-on-disconnect do not go with a command after --", EX_USAGE)
+    with Captive(command, arguments.socket_path) as captive:
+        from hcd import daemon
+
+        daemon.run(_device_config(type_name, cls, arguments, captive.socket), beside=captive.run)
+    if captive.failure:
+        return _fail(captive.failure, captive.status)
+    return captive.status
 
 
 def _print_capabilities(type_name: str) -> int:
@@ -247,11 +287,17 @@ def _device_help(argv: Sequence[str]) -> int:
     return _fail("a device type must follow: hcd device TYPE ... (hcd devices lists them)", EX_USAGE)
 
 
-def _device_parser(type_name: str, cls: type[DeviceBase]) -> _Parser:
+def _device_parser(type_name: str, cls: type[DeviceBase], captive: bool = False) -> _Parser:
     from hcd import config, wrappers
 
-    parser = _Parser(prog=f"hcd device {type_name}", description=cls.description, allow_abbrev=False)
-    where = parser.add_mutually_exclusive_group(required=True)
+    parser = _Parser(
+        prog=f"hcd device {type_name}",
+        description=cls.description,
+        epilog="With -- COMMAND at the end, the command is run beside the device, {socket} in it being the socket's "
+        "path; hcd ends with it and passes its exit status on.",
+        allow_abbrev=False,
+    )
+    where = parser.add_mutually_exclusive_group(required=not captive)
     where.add_argument("--socket-path", type=_text(config.check_socket), metavar="PATH", help="listen here")
     where.add_argument("--fd", type=_text(_fd), help="an inherited unix socket, listening or connected")
     parser.add_argument("--name", type=_text(config.check_name), default=type_name, help=f"default {type_name}")
@@ -269,7 +315,7 @@ def _device_parser(type_name: str, cls: type[DeviceBase]) -> _Parser:
     )
     parser.add_argument("--exit-on-disconnect", action="store_true", help="end when the front end has gone")
     parser.add_argument("--print-capabilities", action="store_true", help="print what QEMU may ask, and exit")
-    _add_log_level(parser)
+    _add_log_level(parser, "warning" if captive else "info")
     own = parser.add_argument_group(f"options of type {type_name}")
     for option in cls.options:
         _add_option(own, option)

@@ -13,7 +13,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
@@ -53,6 +53,7 @@ class _Daemon:
     notifier: Notifier = field(default_factory=Notifier)
     watchdog: float | None = None
     failure: HcdError | None = None  # why it could not start
+    beside: Callable[[], Awaitable[None]] | None = None  # what it ends with
 
 
 def run(
@@ -61,16 +62,19 @@ def run(
     inherited: socket.socket | None = None,
     exit_on_disconnect: bool = False,
     load: Load | None = None,
+    beside: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
     """Serve ``config`` until SIGTERM or SIGINT.
 
     ``inherited`` (with exactly one device) is a listening or connected socket to serve it on instead of
     making one; a connected one is served once. ``exit_on_disconnect``: end when the first front end has
-    gone. ``load`` reads the configuration again, for SIGHUP; without it SIGHUP is not handled. Raises
-    ConfigError when something cannot be opened.
+    gone. ``load`` reads the configuration again, for SIGHUP; without it SIGHUP is not handled.
+    ``beside`` runs once everything is served; the daemon ends with it. Raises ConfigError when something cannot be
+    opened.
     """
     sys.setswitchinterval(SWITCH_INTERVAL)
     daemon = _Daemon(config, inherited, exit_on_disconnect, load, Notifier.take(), systemd.take_watchdog())
+    daemon.beside = beside
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN) if load is not None else None
     try:
         trio.run(_main, daemon)
@@ -131,6 +135,9 @@ async def _serve_all(daemon: _Daemon, stack: AsyncExitStack) -> None:
             for host in supervisor.hosts:
                 supervisor.start(host, sessions)
             daemon.notifier.ready(watch.describe(supervisor.hosts))
+            if daemon.beside is not None:
+                await daemon.beside()
+                sessions.cancel_scope.cancel()
             if daemon.load is not None:
                 await _reload_on_signal(daemon, supervisor, hangups, sessions)
         _say_stopping(daemon)

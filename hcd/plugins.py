@@ -13,7 +13,7 @@ from hcd import options as opt
 from hcd.device import API_VERSION, Device, DeviceBase, DoorbellDevice, Option
 from hcd.errors import ConfigError, PluginError
 
-__all__ = ["GROUP", "RESERVED", "create", "load", "names", "origin"]
+__all__ = ["GROUP", "RESERVED", "create", "distribution", "load", "names", "origin"]
 
 GROUP = "hcd.devices"
 
@@ -34,6 +34,12 @@ def names() -> list[str]:
 def origin(entry: EntryPoint) -> str:
     """The distribution that an entry point comes from, with its version."""
     return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution"
+
+
+def distribution(name: str) -> tuple[str, str]:
+    """Name and version of the distribution that type ``name`` comes from; "" for what is not known."""
+    dist = _entry(name).dist
+    return (dist.name, dist.version) if dist else ("", "")
 
 
 def load(name: str) -> type[DeviceBase]:

@@ -415,14 +415,19 @@ def test_output_into_a_closed_pipe_is_no_traceback(site: Path) -> None:
 
 def test_device_is_run_under_wrappers(run: Run, served: Served) -> None:
     """In the order in which they are given."""
-    status, _, err = run("device", "lamp", "--socket-path=/run/x", "--wrap=log", "--wrap", "error:pattern=.x,delay-ms=5")
+    wraps = ("--wrap=log", "--wrap", "error:pattern=.x,delay-ms=5")
+    status, _, err = run("device", "lamp", "--socket-path=/run/x", *wraps)
     assert (status, err) == (0, "")
     assert [spec.options.get("pattern") for spec in served.spec.wrap] == [None, ".x"]
 
 
 @pytest.mark.parametrize(
     ("type_", "wrap", "expected"),
-    [("lamp", "lgo", 'did you mean "log"'), ("lamp", "error:x", '"x" is not an option'), ("echo", "log", "not a virtio")],
+    [
+        ("lamp", "lgo", 'did you mean "log"'),
+        ("lamp", "error:x", '"x" is not an option'),
+        ("echo", "log", "not a virtio"),
+    ],
 )
 def test_wrong_wrappers_are_refused(run: Run, type_: str, wrap: str, expected: str) -> None:
     status, _, err = run("device", type_, "--socket-path=/run/x", f"--wrap={wrap}")
