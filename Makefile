@@ -1,4 +1,4 @@
-# make demo | bench | test | test-all | nested | check | build | clean
+# make demo | bench | test | test-all | nested | check | build | install | clean
 # Every target sets up what it needs first (tools/setup); nothing is done twice.
 
 PYTHON := .venv/bin/python
@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test test-fast test-all nested check lint build setup clean
+.PHONY: help demo bench test test-fast test-all nested check lint build install setup clean
 
 help:
 	@echo 'make demo      real guests on hcd: PIO and MMIO, then a table of what every path cost'
@@ -17,6 +17,7 @@ help:
 	@echo 'make nested    hypercall doorbells on a stock kernel with emulated SVM (part of make test too)'
 	@echo 'make check     ruff, mypy and the fast tests'
 	@echo 'make build     set up .venv and compile the data plane'
+	@echo 'make install   for the whole machine, with systemd units (DESTDIR, PREFIX, DEPS=no: see tools/install)'
 	@echo 'make clean     remove what the build made (not .venv, not the cache of guest kernels)'
 
 setup:
@@ -24,6 +25,9 @@ setup:
 
 build:
 	@tools/setup build
+
+install: build
+	@DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' DEPS='$(DEPS)' tools/install
 
 demo: setup
 	@$(PYTHON) -m hcd.demo
