@@ -19,6 +19,8 @@ from lamps import SOURCE, Process, hung_up, served, write
 
 from hcd import watch
 from hcd.config import DeviceSpec
+from hcd.frontend.blk import BlockDriver
+from hcd.frontend.client import Frontend
 from hcd.supervisor import make_plan
 
 #: starts a program with the sockets whose numbers are its first argument as descriptors 3, 4, ... of its own
@@ -465,3 +467,44 @@ def test_a_stuck_reactor_is_not_pinged_for(start: Start, short_dir: Path) -> Non
     release.join()
     hcd.until("WATCHDOG=1")
     assert hcd.process.end(signal.SIGTERM)[0] == 0
+
+
+# -- reload under load
+
+
+def test_requests_go_on_while_ten_devices_come_and_go_and_a_disk_changes(start: Start, short_dir: Path) -> None:
+    table = '[[device]]\nname = "{0}"\ntype = "{1}"\nsocket = "{2}/{0}.sock"\noptions = {{ {3} }}\n'
+
+    def configure(others: range, serial: str) -> None:
+        text = table.format("busy", "blk", short_dir, "ram = 1048576")
+        text += table.format("image", "blk", short_dir, f'blk-file = "{short_dir}/image", serial = "{serial}"')
+        text += "".join(table.format(f"extra{i}", "lamp", short_dir, "") for i in others)
+        (short_dir / "hcd.toml").write_text(text)
+
+    (short_dir / "image").write_bytes(bytes(1 << 20))
+    configure(range(10), "first")
+    hcd = start("run", str(short_dir / "hcd.toml"))
+    hcd.until("READY=1")
+    with Frontend.open(short_dir / "busy.sock") as frontend:
+        disk = BlockDriver(frontend.memory, frontend.queues[0])
+        done = 0
+        hcd.notify.setblocking(False)
+        for turn in range(4):
+            configure(range(turn * 5, turn * 5 + 10), f"turn{turn}")
+            hcd.process.popen.send_signal(signal.SIGHUP)
+            said = b""
+            while not said.startswith(b"READY=1"):
+                data = done.to_bytes(8, "little") * 512
+                disk.write(done % 256 * 8, data)
+                assert disk.read(done % 256 * 8, len(data)) == data
+                done += 1
+                with contextlib.suppress(BlockingIOError):
+                    said = hcd.notify.recv(4096)
+        hcd.notify.settimeout(30)
+    with Frontend.open(short_dir / "image.sock") as frontend:  # the image was locked, let go and locked again
+        assert BlockDriver(frontend.memory, frontend.queues[0]).get_id() == "turn3"
+    status, log = hcd.process.end(signal.SIGTERM)
+    assert status == 0, log
+    assert done > 20, "it was under load"
+    assert log.count("reloaded: ") == 4
+    assert log.count("busy: front end connected") == 1
