@@ -70,7 +70,7 @@ class DoorbellHost(HostBase):
 
     @property
     def handler_errors(self) -> int:
-        return self._handler_errors
+        return self._handler_errors + self.device_errors
 
     async def open(self) -> None:
         self._refuse_declarations()

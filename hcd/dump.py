@@ -1,6 +1,7 @@
 """``hcd devices --dump NAME``: what a script may want to know of a device type, one key=value a line.
 
-Keys stay; new ones may come. Values stand as they are, lists separated by commas.
+Keys stay; new ones may come. Values stand as they are but for newlines and backslashes, which are "\\n" and "\\\\";
+lists are separated by commas.
 """
 
 from __future__ import annotations
@@ -16,6 +17,11 @@ __all__ = ["dump"]
 
 def dump(name: str) -> Iterator[str]:
     """The lines for type ``name``. ConfigError when there is no such type, PluginError when it cannot be used."""
+    for line in _lines(name):
+        yield line.replace("\\", "\\\\").replace("\n", "\\n")
+
+
+def _lines(name: str) -> Iterator[str]:
     cls = plugins.load(name)
     distribution, version = plugins.distribution(name)
     yield f"name={name}"

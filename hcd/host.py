@@ -55,6 +55,8 @@ class HostBase:
         self._connected = False
         self.protocol_errors = 0
         self.path_conflict = False
+        #: how often a method other than the handler raised what it must not
+        self.device_errors = 0
         self.transport = device.transport
         self._device = device
         self._traced: set[type[BaseException]] = set()
@@ -97,6 +99,13 @@ class HostBase:
         self._hot.remove_device(self.spec.name)
         self._device.close()
 
+    def device_failed(self, what: str, error: Exception) -> None:
+        """``what`` (a method of the device) raised ``error``, which is nobody's fault but its own."""
+        self.device_errors += 1
+        self.rare_log.error((what, type(error).__name__), "%s: %s raised %s: %s", type(self._device).__name__, what,
+                            type(error).__name__, error)
+        self.trace_once(error)
+
     def trace_once(self, error: BaseException) -> None:
         """Log the traceback of ``error`` the first time that its type comes up on this host."""
         if type(error) not in self._traced:
@@ -132,7 +141,7 @@ class DeviceHost(HostBase):
 
     @property
     def handler_errors(self) -> int:
-        return sum(stats.handler_errors for stats in self.queue_stats)
+        return self.device_errors + sum(stats.handler_errors for stats in self.queue_stats)
 
     @property
     def drops(self) -> int:

@@ -131,7 +131,7 @@ What hcd knows of it:
 hcd devices --dump $name
 ```
 
-In a virtual machine; `head -c 17 /dev/hwrng` in the guest shows the text:
+In a virtual machine; `head -c 64 /dev/hwrng` in the guest shows the text:
 
 ```sh
 hcd device $name -- qemu-system-x86_64 -m 256M \\

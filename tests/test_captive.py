@@ -92,6 +92,7 @@ class Lamp(Device):
     options = (
         Option("watts", "int", "how bright", default=40, minimum=1),
         Option("dimmer", "bool", "has one", default=False),
+        Option("note", "str", "what it says", default="a\\\\b\\nc"),
     )
     async def process(self, queue): pass
 """
@@ -116,7 +117,7 @@ def test_dump_tells_scripts_about_a_type(make_distribution: Make, capsys: pytest
         "max_queue_size=1024",
         "in_order=yes",
         "operations=on,off",
-        "options=watts,dimmer",
+        "options=watts,dimmer,note",
         "option.watts.kind=int",
         "option.watts.default=40",
         "option.watts.expected=an integer of at least 1",
@@ -125,6 +126,10 @@ def test_dump_tells_scripts_about_a_type(make_distribution: Make, capsys: pytest
         "option.dimmer.default=false",
         "option.dimmer.expected=true or false",
         "option.dimmer.help=has one",
+        "option.note.kind=str",
+        "option.note.default=a\\\\b\\nc",
+        "option.note.expected=a string",
+        "option.note.help=what it says",
     ]
 
 

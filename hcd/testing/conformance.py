@@ -34,11 +34,13 @@ SLOW_NS = 200_000_000
 DRAIN_TIMEOUT = 0.5
 
 #: the rule to which a line of hcd's log belongs
-_BY_TEXT = (
+RULE_BY_TEXT = (
     ("never completed", "complete"),
     ("did not end within", "stop"),
     ("were in flight when", "stop"),
     ("the handler of", "handler"),
+    ("a device's callback failed", "callback"),
+    ("config() raised", "config"),
 )
 
 
@@ -163,7 +165,7 @@ class _Check:
         """Turn what hcd noticed meanwhile into findings."""
         noticed = False
         for text in log.take():
-            rule = next((rule for part, rule in _BY_TEXT if part in text), "callback")
+            rule = next((rule for part, rule in RULE_BY_TEXT if part in text), "life")
             self.add(rule, text, layout.name)
             noticed = True
         for error in served.crashes:

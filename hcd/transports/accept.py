@@ -75,7 +75,12 @@ async def accept_one_at_a_time(
                 with sock:
                     await session.over.wait()
                     sock = sock.dup()
-            session = make(sock)
+            try:
+                session = make(sock)
+            except Exception as error:  # the device, when it is asked what it is
+                sock.close()
+                host.device_failed(f"what it is asked when a {what} connects", error)
+                continue
             nursery.start_soon(_run_session, session, nursery if exit_on_disconnect else None)
 
 

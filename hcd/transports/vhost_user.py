@@ -111,12 +111,13 @@ class _Session:
         self._back_channel: socket.socket | None = None
         self._backend: Backend | None = None
         self._path_scope: trio.CancelScope | None = None
+        self._config_size = len(host.device.config()) if host.device.serves_config else 0
         self._conn = BackendConnection(
             features=offered_features(host),
             protocol_features=offered_protocol_features(host),
             num_queues=host.device.num_queues,
             max_queue_size=host.device.max_queue_size,
-            config_size=len(host.device.config()) if host.device.serves_config else 0,
+            config_size=self._config_size,
         )
         self._link = MessageSocket(sock, self._conn)
 
@@ -160,6 +161,8 @@ class _Session:
             await self._link.send_last()
         except OSError as error:
             host.log.warning("connection to the front end failed: %s", error.strerror or error)
+        except Exception as error:  # the device in connect, start_queue ...: it ends this connection, nothing else
+            host.device_failed("a method that the connection cannot go on without", error)
 
     async def _watch_memory(self, alarm: int, session: trio.CancelScope) -> None:
         """End the session when the front end truncates the memory that it shared."""
@@ -274,7 +277,14 @@ class _Session:
     # -- the device
 
     async def _read_config(self, event: events.GetConfig) -> bytes:
-        config = await self.host.lane.run(self.host.device.config)
+        """What the device has there; empty, which is the error form, when it returns something else."""
+        try:
+            config = await self.host.lane.run(self.host.device.config)
+            if not isinstance(config, bytes) or len(config) != self._config_size:
+                raise ValueError(f"{_size_of(config)} for a configuration space of {self._config_size} bytes")
+        except Exception as error:
+            self.host.device_failed("config()", error)
+            return b""
         return config[event.offset : event.offset + event.size]
 
     async def _ask_device(self, event: events.Event) -> bool:
@@ -294,6 +304,9 @@ class _Session:
             await self.host.lane.run(call)
         except DeviceError as error:
             self.host.rare_log.warning("refusals", "%s refused: %s", describe(event.request), error)
+            return False
+        except Exception as error:
+            self.host.device_failed(f"{describe(event.request)}, which is refused now,", error)
             return False
         return True
 
@@ -379,6 +392,10 @@ class _Countdown:
     async def wait(self, times: int) -> None:
         for _ in range(times):
             await self._happened.acquire()
+
+
+def _size_of(config: object) -> str:
+    return f"{len(config)} bytes" if isinstance(config, bytes) else type(config).__name__
 
 
 def _new_table(old: MemoryTable, event: events.Event) -> MemoryTable:
