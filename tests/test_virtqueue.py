@@ -218,8 +218,10 @@ def test_unpop(pair: Pair) -> None:
 # -- notifications
 
 
-def test_completions_are_published_in_batches(pair: Pair) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_completions_are_published_in_batches(packed: bool) -> None:
     """A turn ends in one publication and one interrupt, however many requests it completed."""
+    pair = make_pair(packed=packed, event_idx=False)
     for i in range(5):
         submit(pair, [pair.put(bytes([i]))], [])
     pair.queue.begin_turn(1, False)
@@ -229,6 +231,22 @@ def test_completions_are_published_in_batches(pair: Pair) -> None:
     pair.queue.end_turn()
     assert len(pair.ring.used()) == 5
     assert pair.calls() == 1
+    pair.close()
+
+
+def test_with_event_idx_the_driver_sees_the_first_half_early(pair: Pair) -> None:
+    """It is interrupted once and can go on while the rest is served."""
+    pair.ring.enable_interrupts()
+    for i in range(16):
+        submit(pair, [pair.put(bytes([i]))], [])
+    pair.queue.begin_turn(1, False)
+    for i, request in enumerate(pair.queue):
+        request.complete()
+        if i == 7:
+            assert pair.calls() == 1
+    pair.queue.end_turn()
+    assert pair.calls() == 0
+    assert len(pair.ring.used()) == 16
 
 
 def test_suppressed_interrupts(pair: Pair) -> None:

@@ -11,6 +11,10 @@
  *   disk) stands in the other line, one job for each thread. The lines are served by age of their first job.
  * - Threads are started when there is work and nobody idle, up to a limit, and live until the pool stops. A thread that
  *   takes work and leaves some wakes the next one.
+ * - A small write to pages that the page cache holds is a copy into a mapping of the file: the same pages that
+ *   pwrite(2) would fill, without its price of several copies (it takes locks and talks to the journal each time; the
+ *   mapping does that once for a page until it is written back). fdatasync(2) covers both. A copy that faults (the disk
+ *   is full, the file was cut short, the guest's memory went away) is done again by pwrite, which says why.
  * - No Python here: a job's `request` is carried, never looked at. Its scatter list and the guest memory behind it stay
  *   valid because whoever made the job holds references. Memory that was revoked meanwhile makes the system call fail
  *   with EFAULT.
@@ -29,6 +33,7 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -39,6 +44,7 @@
 #define HCD_POOL_TELL_NS 50000      /* the longest that a finished write waits for its batch */
 #define HCD_PIECES 128              /* of a scatter list, for one system call */
 #define HCD_ZEROES 65536
+#define HCD_MAPPED_MOST (64 << 10)  /* a longer write is left to one system call */
 #define HCD_DETOUR (256 << 10)      /* bytes at once of a transfer that O_DIRECT does not take as it lies */
 #define HCD_ALIGNMENT 4096
 
@@ -90,6 +96,9 @@ typedef struct {
     int started;
     int most;
     int stopping;
+    char *map;                      /* the file, or NULL */
+    uint64_t map_length;
+    int (*copy)(void *to, const void *from, size_t n);      /* -1 when either side faulted */
     pthread_t handles[HCD_POOL_MOST];
 } hcd_pool;
 
@@ -209,6 +218,41 @@ static int hcd_job_parts(int fd, hcd_job *job, int direct, char **buffer)
     return 0;
 }
 
+/* Whether the page cache holds all of a range of the mapping. */
+static int hcd_pool_cached(const hcd_pool *pool, uint64_t offset, uint64_t length)
+{
+    unsigned char pages[HCD_MAPPED_MOST / 4096 + 2];
+    uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), start = offset & ~(page - 1);
+    uint64_t n = (offset + length - start + page - 1) / page;
+    if (n > sizeof(pages) || mincore(pool->map + start, offset + length - start, pages) != 0)
+        return 0;
+    for (uint64_t i = 0; i < n; i++)
+        if (!(pages[i] & 1))
+            return 0;
+    return 1;
+}
+
+/* A write as a copy into the page cache; whether it is done. If not, the job is as it was. */
+static int hcd_job_mapped(const hcd_pool *pool, hcd_job *job)
+{
+    struct iovec iov[HCD_PIECES];
+    uint64_t at = job->offset, left = job->left;
+    if (pool->map == NULL || job->sync || left > HCD_MAPPED_MOST || at + left > pool->map_length)
+        return 0;
+    int n = hcd_job_pieces(job, iov);
+    for (int i = 0; i < n; i++)
+        left -= iov[i].iov_len;
+    if (left || !hcd_pool_cached(pool, at, job->left))
+        return 0;
+    for (int i = 0; i < n; i++) {
+        if (pool->copy(pool->map + at, iov[i].iov_base, iov[i].iov_len) != 0)
+            return 0;
+        at += iov[i].iov_len;
+    }
+    hcd_job_advance(job, job->left);
+    return 1;
+}
+
 /* As pread(2) and pwrite(2), repeated until all is moved. Nothing moved is an error: the file was cut short.
  * O_DIRECT wants memory aligned as the disk likes it, and a driver may use any: what is refused takes a detour. */
 static int hcd_job_move(int fd, hcd_job *job, int direct)
@@ -306,7 +350,9 @@ static int hcd_job_ranges(hcd_pool *pool, hcd_job *job)
 
 static void hcd_job_run(hcd_pool *pool, hcd_job *job)
 {
-    if (job->kind == HCD_READ || job->kind == HCD_WRITE)
+    if (job->kind == HCD_WRITE && hcd_job_mapped(pool, job))
+        job->error = 0;
+    else if (job->kind == HCD_READ || job->kind == HCD_WRITE)
         job->error = hcd_job_move(pool->fd, job, pool->direct);
     else if (job->kind == HCD_FLUSH)
         job->error = fdatasync(pool->fd) != 0 ? errno : 0;
@@ -472,6 +518,21 @@ static hcd_pool *hcd_pool_new(int fd, int block_device, int most)
     return pool;
 }
 
+/* Before the first job: map the file, if it can be mapped. */
+static void hcd_pool_map(hcd_pool *pool, uint64_t length, int (*copy)(void *, const void *, size_t))
+{
+    if (pool->direct || pool->block_device || length == 0)
+        return;
+    void *p = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, pool->fd, 0);
+    if (p == MAP_FAILED)
+        return;
+    madvise(p, length, MADV_DONTDUMP);
+    madvise(p, length, MADV_RANDOM);
+    pool->map = p;
+    pool->map_length = length;
+    pool->copy = copy;
+}
+
 /* Locked. Fails every job that no thread has begun. */
 static void hcd_pool_cancel(hcd_pool *pool, int error)
 {
@@ -545,6 +606,8 @@ static int hcd_pool_stop(hcd_pool *pool, long ms)
 static void hcd_pool_free(hcd_pool *pool)
 {
     close(pool->done_fd);
+    if (pool->map != NULL)
+        munmap(pool->map, pool->map_length);
     pthread_cond_destroy(&pool->work);
     pthread_cond_destroy(&pool->gone);
     pthread_mutex_destroy(&pool->lock);

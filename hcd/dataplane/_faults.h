@@ -1,4 +1,4 @@
-/* Guest memory that is not there any more.
+/* Guest memory that is not there any more, and copies that may fail.
  *
  * Two things end a mapping under its users. A front end may truncate the memory that it shared (QEMU's memfd is sealed
  * against that, others' are not): every access past the new end is then a SIGBUS, in whichever thread touches it. And
@@ -11,12 +11,16 @@
  * a revoked one. The access is repeated and hits harmless memory. An address that is not ours goes to the handler that
  * was there before.
  *
+ * hcd_guarded_copy is for memory where a fault is an answer, a mapped file whose disk is full or whose end was cut off:
+ * the copy is given up and says so, whichever side it was that faulted.
+ *
  * The table is lock-free because a signal handler reads it: a slot is free while its base is 0, is filled length
  * first and base last, and is emptied base first. mmap(2) is a bare system call here, safe in a handler.
  */
 #ifndef HCD_FAULTS_H
 #define HCD_FAULTS_H
 
+#include <setjmp.h>
 #include <signal.h>
 #include <stdint.h>
 #include <string.h>
@@ -63,11 +67,32 @@ static int hcd_heal(int number, hcd_slot_t *slot, uintptr_t base, uintptr_t addr
     return 0;
 }
 
+/* In the handler's reach without a look-up that could allocate. */
+static __thread volatile sig_atomic_t hcd_guarded __attribute__((tls_model("initial-exec")));
+static __thread sigjmp_buf hcd_guard __attribute__((tls_model("initial-exec")));
+
+/* 0, or -1 when either side faulted; some of the bytes may have been copied then. */
+static int hcd_guarded_copy(void *to, const void *from, size_t n)
+{
+    if (sigsetjmp(hcd_guard, 0)) {
+        hcd_guarded = 0;
+        return -1;
+    }
+    hcd_guarded = 1;
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+    memcpy(to, from, n);
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+    hcd_guarded = 0;
+    return 0;
+}
+
 static void hcd_on_fault(int number, siginfo_t *info, void *context)
 {
     struct sigaction *previous = &hcd_previous[number == SIGSEGV];
     uintptr_t address = (uintptr_t)info->si_addr;
     int used = __atomic_load_n(&hcd_slots_used, __ATOMIC_ACQUIRE);
+    if (hcd_guarded)
+        siglongjmp(hcd_guard, 1);
     for (int i = 0; i < used; i++) {
         uintptr_t base = __atomic_load_n(&hcd_slots[i].base, __ATOMIC_ACQUIRE);
         if (base == 0 || address < base || address - base >= hcd_slots[i].length)

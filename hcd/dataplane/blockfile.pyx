@@ -25,6 +25,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
+from hcd.dataplane.memory cimport guard_faults, guarded_copy
 from hcd.dataplane.virtqueue cimport Request, Virtqueue, cursor_t, iovec
 
 from hcd.errors import GuestError
@@ -57,6 +58,7 @@ cdef extern from "_blockio.h" nogil:
     void hcd_list_add(hcd_list *list, hcd_job *job)
     hcd_job *hcd_list_take(hcd_list *list)
     hcd_pool *hcd_pool_new(int fd, int block_device, int most)
+    void hcd_pool_map(hcd_pool *pool, uint64_t length, int (*copy)(void *, const void *, size_t) noexcept nogil)
     void hcd_pool_submit(hcd_pool *pool, hcd_list *batch)
     hcd_job *hcd_pool_finished(hcd_pool *pool)
     int hcd_pool_stop(hcd_pool *pool, long ms)
@@ -209,6 +211,9 @@ cdef class BlockFile(BlockStore):
         self.pool = hcd_pool_new(fd, stat.S_ISBLK(mode), workers)
         if self.pool == NULL:
             raise OSError(errno, os.strerror(errno))
+        if not read_only:
+            guard_faults()
+            hcd_pool_map(self.pool, self.size, guarded_copy)
         self.fd = fd
 
     def __dealloc__(self):

@@ -1,4 +1,7 @@
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
+
+cdef enum:
+    RECENT = 64
 
 ctypedef struct span_t:       # one region of a table, by guest-physical address
     uint64_t gpa
@@ -25,6 +28,9 @@ cdef class MemoryTable:
     cdef readonly tuple regions
     cdef span_t *spans
     cdef int n
-    cdef int hint             # the span of the last hit; a wrong one costs a search, never correctness
+    cdef uint16_t recent[64]  # spans of the last hits, by address; a wrong one costs a search, never correctness
     cdef char *find(self, uint64_t gpa, uint64_t size, uint64_t *run) noexcept nogil
     cdef char *find_user(self, uint64_t uva, uint64_t size) noexcept nogil
+
+cdef int guarded_copy(void *to, const void *source, size_t n) noexcept nogil
+cdef int guard_faults() except -1

@@ -19,7 +19,7 @@ import os
 import stat
 
 from libc.errno cimport errno
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint16_t, uint64_t
 from libc.stdlib cimport calloc, free
 
 from hcd_protocols.errors import ProtocolError
@@ -47,11 +47,27 @@ cdef extern from "_faults.h" nogil:
     int hcd_slot_poisoned(int slot)
     int hcd_slot_revoke(int slot)
     void hcd_slot_alarm(int slot, int fd)
+    int hcd_guarded_copy(void *to, const void *source, size_t n)
 
 cdef enum:
     HUGETLBFS_MAGIC = 0x958458f6
 
+cdef enum:
+    RECENT_SHIFT = 20         # addresses of one MiB share an entry of what is remembered
+
 cdef uint64_t PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+cdef int guarded_copy(void *to, const void *source, size_t n) noexcept nogil:
+    """memcpy(3) that returns -1 where either side faults (see _faults.h), once ``guard_faults`` was called."""
+    return hcd_guarded_copy(to, source, n)
+
+
+cdef int guard_faults() except -1:
+    """Make ``guarded_copy`` work in this process."""
+    if hcd_faults_install() != 0:
+        raise OSError(errno, "sigaction")
+    return 0
 
 
 cdef class Region:
@@ -202,7 +218,8 @@ cdef class MemoryTable:
 
     cdef char *find(self, uint64_t gpa, uint64_t size, uint64_t *run) noexcept nogil:
         """The host address of ``gpa``, and in ``run`` how many of ``size`` bytes lie there in one piece; or NULL."""
-        cdef int low = 0, high = self.n - 1, middle = self.hint
+        cdef uint16_t *remembered = &self.recent[(gpa >> RECENT_SHIFT) % RECENT]
+        cdef int low = 0, high = self.n - 1, middle = remembered[0]
         cdef span_t *s
         cdef uint64_t inside
         if self.n == 0:
@@ -218,7 +235,7 @@ cdef class MemoryTable:
             if low > high:
                 return NULL
             middle = (low + high) // 2
-        self.hint = middle
+        remembered[0] = <uint16_t>middle
         inside = s.size - (gpa - s.gpa)
         run[0] = size if size < inside else inside
         return s.host + (gpa - s.gpa)

@@ -111,6 +111,7 @@ cdef class Virtqueue:
     cdef bint corked          # publish nothing yet: a frame is spread over several requests
     cdef bint by_ring
     cdef int budget
+    cdef uint32_t publish_at
     cdef uint64_t woken
     cdef uint64_t batch_woken
     # where things are counted
@@ -148,6 +149,7 @@ cdef class Virtqueue:
     cdef int settle(self, Request r, int64_t written) except -1
     cdef int settle_now(self, Request r, int64_t written) except -1
     cdef int flush_now(self) except -1
+    cdef uint32_t batch_size(self) noexcept
     cdef int signal(self) except -1
     cdef bint update_running(self)
     cpdef flush(self)

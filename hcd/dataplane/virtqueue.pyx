@@ -9,7 +9,7 @@ Theory of operation.
   checked, an indirect table entry by entry. A driver that breaks the rules breaks its ring: no more requests are
   taken from it until it is set up anew, the error says what was wrong, everything else goes on.
 * Completions are published in batches: used entries are written as they come, the index (packed: the flags of the
-  first descriptor) once at the end of a turn or after PUBLISH_AT of them, and one interrupt decision is made then.
+  first descriptor) at the end of a turn or after a number of them, and one interrupt decision is made then.
 * Between publishing and reading the driver's wish for an interrupt stands a full fence, and between asking for kicks
   and looking at the ring again another (2.7.7, 2.7.10): both sides could otherwise go to sleep.
 * While requests are taken, the driver is asked not to kick: without EVENT_IDX by a flag, with it by leaving the event
@@ -81,6 +81,7 @@ if sys.byteorder != "little":
 cdef enum:
     BUDGET = 64               # requests of one turn: a busy queue leaves the reactor to the others after that many
     PUBLISH_AT = 32           # completions that a driver waits for at most before it sees the first
+    PUBLISH_SOON = 8          # the same where it asks for one interrupt at a time (EVENT_IDX): it goes on while we do
 
     F_INDIRECT_DESC = 28
     F_EVENT_IDX = 29
@@ -125,6 +126,7 @@ cdef class Virtqueue:
         self.owner = PyThread_get_thread_ident()
         self.mem = MemoryTable()
         self.ring.batch_slot = -1
+        self.publish_at = PUBLISH_AT
 
     def __dealloc__(self):
         # Requests in flight hold a reference to this queue, so there are none left here.
@@ -185,6 +187,7 @@ cdef class Virtqueue:
         r.event_idx = (features >> F_EVENT_IDX) & 1
         r.indirect = (features >> F_INDIRECT_DESC) & 1
         r.in_order = (features >> F_IN_ORDER) & 1
+        self.publish_at = PUBLISH_SOON if r.event_idx else PUBLISH_AT
         r.swap = big_endian and not r.packed
         r.notify = True            # a driver rings until it is asked not to
         self.uva_desc, self.uva_driver, self.uva_device = desc, driver, device
@@ -509,7 +512,7 @@ cdef class Virtqueue:
         if current and PyList_GET_SIZE(self.pool) < <Py_ssize_t>self.ring.size:
             self.pool.append(r)
         self.unlink(r)
-        if self.ring.unpublished >= PUBLISH_AT and not self.corked:
+        if self.ring.unpublished >= self.publish_at and not self.corked:
             self.flush_now()
         elif self.ring.unpublished and not self.in_turn and not self.dirty and self.scheduler is not None:
             self.dirty = True
@@ -618,11 +621,25 @@ cdef class Virtqueue:
         ``batch``: completions become visible at the end of the turn; without it, soon after each.
         """
         self.in_turn = batch
+        self.publish_at = self.batch_size()
         self.budget = BUDGET
         self.woken = woken
         self.by_ring = by_ring
         if by_ring:
             hist_add(&self.doorbell.c_dispatch, hcd_now() - woken)
+
+    cdef uint32_t batch_size(self) noexcept:
+        """After how many completions to publish. With EVENT_IDX an early publication costs one interrupt at most, and
+        the driver takes up the first half of a short ring while the other half is served."""
+        cdef uint32_t waiting
+        if not self.ring.event_idx or not self.ring.running:
+            return PUBLISH_AT
+        if self.ring.packed:
+            return PUBLISH_SOON
+        waiting = <uint16_t>(ring16(&self.ring, hcd_load16(self.ring.driver + 2)) - self.ring.last_avail)
+        if waiting >= 2 * PUBLISH_SOON:
+            return PUBLISH_SOON
+        return waiting / 2 if waiting >= 4 else 2
 
     cpdef end_turn(self):
         """The handler returned: publish what it completed."""
