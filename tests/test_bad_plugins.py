@@ -137,6 +137,7 @@ def test_a_request_that_is_kept_is_taken_away(start: Callable[[str], HcdProcess]
     hcd = start("keeps")
     with Driver.open(short_dir / "bad") as driver:
         driver.queues[0].submit(driver.place(b"x"), [])
+        neighbour_serves(short_dir)  # on the same thread, so the request is taken by then
         assert driver.stop_queue(0) == 1
         assert not driver.queues[0].used()
         neighbour_serves(short_dir)
