@@ -290,10 +290,14 @@ def test_a_cold_read_completes_after_a_cached_one(images: Images, cold: Callable
     content = pattern(1 << 20)
     path = images.file(content)
     disk = images.disk(path)
-    cold(disk, path)
-    warm(path, 4096)
-    slow, fast = BlockRequest(IN, 1024, length=4096), BlockRequest(IN, 0, length=4096)
-    assert disk.do(slow, fast) == [fast, slow]
+    for _ in range(5):  # somebody else may read the file into the page cache in between
+        cold(disk, path)
+        warm(path, 4096)
+        slow, fast = BlockRequest(IN, 1024, length=4096), BlockRequest(IN, 0, length=4096)
+        done = disk.do(slow, fast)
+        if isinstance(disk.store, BlockFile) and disk.store.jobs:
+            break
+    assert done == [fast, slow]
     assert fast.result == content[:4096]
     assert slow.result == content[1024 * SECTOR :][:4096]
 
