@@ -46,7 +46,7 @@ nested: setup
 	$(PYTEST) tests/nested $(PYTEST_ARGS)
 
 test-fast: build
-	$(PYTEST) -m 'not guest and not slow' $(PYTEST_ARGS)
+	$(PYTEST) -m 'not guest and not long and not slow' $(PYTEST_ARGS)
 
 lint: build
 	$(PYTHON) -m ruff check .

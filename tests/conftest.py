@@ -19,7 +19,7 @@ from hcd.demo.hcd_process import HcdProcess, Resources
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first, guests last: what fails quickly is known quickly."""
-    items.sort(key=lambda item: item.get_closest_marker("guest") is not None)
+    items.sort(key=lambda item: sum(bool(item.get_closest_marker(m)) * w for m, w in (("guest", 2), ("long", 1))))
 
 
 def skip_or_fail(reason: str) -> None:

@@ -12,11 +12,14 @@ from hcd.demo.hcd_process import HcdFailedError, HcdProcess
 from hcd.frontend.errors import BackendError
 from hcd.testing import Driver
 
+pytestmark = pytest.mark.long
+
 Make = Callable[..., Path]
 
 SOURCE = """
 import time
 from hcd.device import Device
+
 
 class Good(Device):
     virtio_id = 63

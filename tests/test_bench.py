@@ -26,6 +26,9 @@ from hcd.frontend.blk import BLOCK_FEATURES
 from hcd.frontend.client import Frontend
 from hcd.frontend.net import NET_FEATURES, NetDriver
 
+pytestmark = pytest.mark.long
+
+
 DISK = """
 [[device]]
 name = "disk"

@@ -12,11 +12,14 @@ import pytest
 
 from hcd.cli import main
 
+pytestmark = pytest.mark.long
+
 Make = Callable[..., Path]
 
 CLIENT = """
 import sys
 from hcd.testing import Driver
+
 with Driver.open(sys.argv[1]) as driver:
     print(len(driver.ask(room=16)), "bytes from", sys.argv[2])
 """

@@ -11,6 +11,9 @@ import pytest
 from hcd.device import Device
 from hcd.testing import ConformanceError, Exchange, check_device, find_faults
 
+pytestmark = pytest.mark.long
+
+
 SHOUTS = (Exchange(b"hello", 64, b"HELLO"), Exchange(b"world wide", 64, b"WORLD WIDE"))
 READ_SECTOR_0 = struct.pack("<IIQ", 0, 0, 0)
 WRITE_SECTOR_8 = struct.pack("<IIQ", 1, 0, 8) + b"x" * 512

@@ -18,6 +18,9 @@ from hcd.device import Device
 from hcd.testing import Exchange, check_device, conformance, rules, serve
 from hcd.wrappers.registry import WRAPPERS
 
+pytestmark = pytest.mark.long
+
+
 PAGE = (Path(__file__).parent.parent / "docs" / "devices.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 

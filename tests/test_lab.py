@@ -30,6 +30,9 @@ from hcd.lab.metrics import Scrape, histogram_rows, interpolate
 from hcd.lab.results import EXIT, HISTORY, RING, TRIP, Count, Report, Row
 from hcd.lab.vmm import hypercall_instruction
 
+pytestmark = pytest.mark.long
+
+
 KERNEL_BELLS = {("pio", "fixed"), ("mmio", "datamatch"), ("mmio", "any-length")}
 
 

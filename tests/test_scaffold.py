@@ -14,6 +14,9 @@ from hcd import scaffold
 from hcd.cli import main
 from hcd.errors import ConfigError
 
+pytestmark = pytest.mark.long
+
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -23,6 +23,9 @@ from hcd.frontend.blk import BlockDriver
 from hcd.frontend.client import Frontend
 from hcd.supervisor import make_plan
 
+pytestmark = pytest.mark.long
+
+
 #: starts a program with the sockets whose numbers are its first argument as descriptors 3, 4, ... of its own
 LAUNCHER = """
 next=3

@@ -27,6 +27,8 @@ from hcd.frontend.client import Frontend
 from hcd.frontend.errors import BackendError
 from hcd.frontend.memory import MemorySlot, SharedMemory
 
+pytestmark = pytest.mark.long
+
 R = FrontendRequest
 SECTOR = 512
 WHOLE_TABLE = ProtocolFeature.REPLY_ACK | ProtocolFeature.CONFIG | ProtocolFeature.MQ

@@ -28,6 +28,8 @@ from hcd.frontend.ring import INDIRECT, NEXT, WRITE, DriverRing
 from hcd.frontend.ring_packed import PackedDescriptor, PackedRing
 from hcd.frontend.ring_split import SplitRing
 
+pytestmark = pytest.mark.long
+
 SIZE = 64
 SECTOR = 512
 #: sparse, so that 64 descriptors of it make more than 4 GiB
