@@ -43,9 +43,6 @@ cdef extern from "<sys/epoll.h>" nogil:
     int EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CLOEXEC
     uint32_t EPOLLIN
 
-cdef extern from "<sched.h>" nogil:
-    int sched_yield()
-
 cdef extern from "<unistd.h>" nogil:
     ssize_t read(int fd, void *buf, size_t n)
     ssize_t write(int fd, const void *buf, size_t n)
@@ -352,14 +349,12 @@ cdef class Reactor:
         cdef epoll_event events[EVENTS]
         cdef uint64_t now = 0, deadline = self.idle_since + self.window
         cdef int n = <int>len(self.awake), i, found = -1, fds = 0, spins = 0
-        cdef bint working = False
         cdef Virtqueue q
         if n == 0 or self.window == 0:
             return 0
         for q in self.awake:
             if q.n_inflight:
-                working = True     # other threads serve requests: spinning must not take their processor
-                break
+                return 0           # other threads serve requests: spinning would take their processor
         with nogil:
             while True:
                 for i in range(n):
@@ -376,10 +371,7 @@ cdef class Reactor:
                     now = hcd_now()
                     if now >= deadline:
                         break
-                if working:
-                    sched_yield()
-                else:
-                    hcd_relax()
+                hcd_relax()
         if found >= 0:
             now = hcd_now()
             self.gap_ended(now)

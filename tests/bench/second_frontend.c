@@ -31,6 +31,7 @@ enum { GET_FEATURES = 1, SET_FEATURES, SET_OWNER, SET_MEM_TABLE = 5, SET_VRING_N
 #define F_EVENT_IDX (1ull << 29)
 #define F_PROTOCOL (1ull << 30)
 #define F_VERSION_1 (1ull << 32)
+#define F_FLUSH (1ull << 9)      /* without it a device must not cache writes (virtio 1.3, 5.2.6.2) */
 #define PF_CONFIG (1ull << 9)
 #define RING 256
 #define GUEST 0x100000000ull
@@ -117,7 +118,7 @@ static void tell_state(uint32_t request, uint32_t number)
 
 static void negotiate(void)
 {
-    uint64_t features, protocol, wanted = F_INDIRECT | F_EVENT_IDX | F_PROTOCOL | F_VERSION_1;
+    uint64_t features, protocol, wanted = F_INDIRECT | F_EVENT_IDX | F_PROTOCOL | F_FLUSH | F_VERSION_1;
     unsigned char config[12 + 60] = { 0 };
     uint32_t header[3] = { 0, 60, 0 };
     ask(GET_FEATURES, NULL, 0, &features, 8);
