@@ -41,20 +41,25 @@ from hcd.dataplane.bell import Bell, Interrupt
 from hcd.dataplane.virtqueue import Request, Virtqueue
 from hcd.doorbell import Path
 from hcd.errors import ConfigError, DeviceError, GuestError
+from hcd.instruments import Counter, Gauge, Histogram, Instruments, Metric
 
 __all__ = [
     "API_VERSION",
     "Bell",
     "ConfigError",
+    "Counter",
     "Device",
     "DeviceBase",
     "DeviceError",
     "DoorbellDecl",
     "DoorbellDevice",
+    "Gauge",
     "GuestError",
     "Handle",
+    "Histogram",
     "InterruptDecl",
     "Lane",
+    "Metric",
     "Option",
     "Path",
     "Request",
@@ -117,6 +122,8 @@ class DeviceBase:
     #: one line for ``hcd devices``
     description: ClassVar[str] = ""
     options: ClassVar[tuple[Option, ...]] = ()
+    #: what the device counts itself, beside what hcd counts for every device
+    metrics: ClassVar[tuple[Metric, ...]] = ()
     #: the method that handles what doorbells bring; its colour chooses the lane
     handler: ClassVar[str] = ""
     #: how doorbells come to devices of this kind
@@ -126,12 +133,31 @@ class DeviceBase:
         self.name = name
         self.option = dict(options)
         self.log = logging.LoggerAdapter(logging.getLogger("hcd.device"), {"device": name})
+        #: for hcd: what /metrics reads
+        self.instruments = Instruments(self.metrics)
 
     def open(self, lane: Lane) -> None:
         """Open what the device needs for as long as it lives."""
 
     def close(self) -> None:
         """Release what ``open`` took."""
+
+    # -- its own metrics: found once, kept, and used on the lane. LookupError for what ``metrics`` does not declare
+
+    def counter(self, name: str, **labels: str) -> Counter:
+        found = self.instruments.find(name, "counter", labels)
+        assert isinstance(found, Counter)
+        return found
+
+    def gauge(self, name: str, **labels: str) -> Gauge:
+        found = self.instruments.find(name, "gauge", labels)
+        assert isinstance(found, Gauge)
+        return found
+
+    def histogram(self, name: str, **labels: str) -> Histogram:
+        found = self.instruments.find(name, "histogram", labels)
+        assert isinstance(found, Histogram)
+        return found
 
     @classmethod
     def is_async(cls) -> bool:

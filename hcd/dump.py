@@ -45,6 +45,11 @@ def _lines(name: str) -> Iterator[str]:
         yield f"option.{option.name}.default={'' if option.default is None else _shown(option.default)}"
         yield f"option.{option.name}.expected={opt.describe(option)}"
         yield f"option.{option.name}.help={option.help}"
+    yield f"metrics={','.join(metric.name for metric in cls.metrics)}"
+    for metric in cls.metrics:
+        yield f"metric.{metric.name}.kind={metric.kind}"
+        yield f"metric.{metric.name}.labels={','.join(metric.labels)}"
+        yield f"metric.{metric.name}.help={metric.help}"
 
 
 def _shown(value: object) -> str:

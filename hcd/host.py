@@ -14,8 +14,10 @@ import trio
 from hcd.config import DeviceSpec
 from hcd.dataplane.stats import HotText, QueueStats
 from hcd.device import Device, DeviceBase
+from hcd.device_lane import DeviceLane
 from hcd.doorbell import Doorbell, Path, PathSource, Registry
 from hcd.errors import PluginError
+from hcd.instruments import Instruments
 from hcd.lanes import Lanes, QueueLane
 from hcd.log import RateLimited
 from hcd.wrappers import Stack
@@ -59,6 +61,8 @@ class HostBase:
         self.device_errors = 0
         self.transport = device.transport
         self._device = device
+        self._slow = lanes.slow
+        self._device_lane = DeviceLane(self.lane, spec.name, lanes.slow, self.device_failed)
         self._traced: set[type[BaseException]] = set()
         self._registry = registry
         self._hot = hot
@@ -75,6 +79,16 @@ class HostBase:
             self.on_connection()
 
     @property
+    def slow_steps(self) -> int:
+        """How often code of the device held up everybody on its lane."""
+        return self._slow.counts.get(self.spec.name, 0)
+
+    @property
+    def instruments(self) -> Instruments:
+        """The device's own metrics."""
+        return self._device.instruments
+
+    @property
     def guest_errors(self) -> int:
         return 0
 
@@ -89,14 +103,15 @@ class HostBase:
     async def _open_device(self) -> None:
         """A plain device may take its time in ``open``, for a lock say: not at the cost of trio's side."""
         if self._device.is_async():
-            self._device.open(self.lane)
+            self._device.open(self._device_lane)
         else:
-            await trio.to_thread.run_sync(self._device.open, self.lane)
+            await trio.to_thread.run_sync(self._device.open, self._device_lane)
 
     async def close(self) -> None:
         """Take the device's series away and release what it holds."""
         self._registry.remove_device(self.spec.name)
         self._hot.remove_device(self.spec.name)
+        self._slow.counts.pop(self.spec.name, None)
         self._device.close()
 
     def device_failed(self, what: str, error: Exception) -> None:

@@ -22,7 +22,7 @@ from hcd.dataplane.bell import Bell
 from hcd.dataplane.reactor import Reactor
 from hcd.dataplane.virtqueue import Virtqueue
 from hcd.device import DeviceBase, Handle
-from hcd.log import RateLimited
+from hcd.slow import SlowSteps, stepwise
 
 __all__ = ["AsyncVirtqueue", "BellHandle", "Lanes", "QueueLane", "ReactorLane", "TrioLane", "open_lanes"]
 
@@ -171,8 +171,9 @@ class _TaskHandle:
 class _TrioBell:
     """A raw doorbell in trio: one task, which waits for rings and runs the handler."""
 
-    def __init__(self, bell: Bell) -> None:
+    def __init__(self, bell: Bell, slow: SlowSteps) -> None:
         self._bell = bell
+        self._slow = slow
         self._task = trio.CancelScope()
         self._waiting = trio.CancelScope()
         self._ending = False
@@ -203,7 +204,7 @@ class _TrioBell:
             if count := bell.take():
                 bell.enter()
                 assert bell.handler is not None
-                await bell.handler(bell, count)
+                await stepwise(bell.handler(bell, count), lambda ns: self._slow.note_turn(bell, ns))
         except Exception as error:
             if bell.on_error is None:
                 raise
@@ -215,8 +216,9 @@ class TrioLane:
 
     queue_type: type[Virtqueue] = AsyncVirtqueue
 
-    def __init__(self, nursery: trio.Nursery, token: trio.lowlevel.TrioToken) -> None:
+    def __init__(self, nursery: trio.Nursery, token: trio.lowlevel.TrioToken, slow: SlowSteps | None = None) -> None:
         self.shared: dict[str, Any] = {}
+        self._slow = slow or SlowSteps()
         self._nursery = nursery
         self._token = token
         self._tasks: dict[Virtqueue, _TaskHandle] = {}
@@ -275,7 +277,7 @@ class TrioLane:
         queue.ready.set()
 
     def watch_bell(self, bell: Bell) -> BellHandle:
-        served = _TrioBell(bell)
+        served = _TrioBell(bell, self._slow)
         self._nursery.start_soon(served.run)
         return served
 
@@ -292,6 +294,9 @@ class TrioLane:
         self._token.run_sync_soon(_guarded, queue.take_remote)
 
     async def _serve(self, handle: _TaskHandle, queue: AsyncVirtqueue) -> None:
+        def slow(ns: int) -> None:
+            self._slow.note_turn(queue, ns)
+
         with handle.scope:
             while True:
                 await queue.ready.wait()
@@ -301,7 +306,7 @@ class TrioLane:
                     queue.disable_kicks()
                     queue.begin_turn(rung or time.monotonic_ns(), bool(rung), False)
                     try:
-                        await queue.handler(queue)
+                        await stepwise(queue.handler(queue), slow)
                     except Exception as error:
                         if queue.on_error is None:
                             raise
@@ -328,6 +333,7 @@ class Lanes:
 
     reactor: ReactorLane
     trio: TrioLane
+    slow: SlowSteps
 
     def of(self, device: DeviceBase) -> QueueLane:
         """The lane that ``device`` belongs to, by the colour of its handler."""
@@ -339,22 +345,13 @@ async def open_lanes(poll_us: float = 32) -> AsyncIterator[Lanes]:
     """Run the reactor on its own thread for as long as the block lasts."""
     token = trio.lowlevel.current_trio_token()
     reactor = Reactor(poll_us)
-    rare = RateLimited(_log, limit=1)
-
-    def slow(source: Virtqueue | Bell, ns: int) -> None:
-        what = f"queue {source.index}" if isinstance(source, Virtqueue) else f"doorbell {source.name}"
-        rare.warning(
-            f"slow handlers of {source.tag}",
-            "%s: the handler of %s took %.0f ms; every device of this process waited that long",
-            source.tag, what, ns / 1e6,
-        )
-
-    reactor.on_slow = slow
+    slow = SlowSteps()
+    reactor.on_slow = slow.note_turn
     thread = threading.Thread(target=reactor.run, name="hcd-reactor", daemon=True)
     async with trio.open_nursery() as nursery:
         thread.start()
         try:
-            yield Lanes(ReactorLane(reactor, token), TrioLane(nursery, token))
+            yield Lanes(ReactorLane(reactor, token), TrioLane(nursery, token, slow), slow)
         finally:
             reactor.stop()
             thread.join()

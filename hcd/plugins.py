@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from hcd import instruments
 from hcd import options as opt
 from hcd.device import API_VERSION, Device, DeviceBase, DoorbellDevice, Option
 from hcd.errors import ConfigError, PluginError
@@ -59,6 +60,8 @@ def load(name: str) -> type[DeviceBase]:
     if getattr(found, found.handler) in (Device.process, DoorbellDevice.ring):
         raise _refused(entry, f"{entry.value} does not define {found.handler}()")
     _check_options(entry, found.options)
+    for fault in instruments.faults(found.metrics):
+        raise _refused(entry, fault)
     return found
 
 

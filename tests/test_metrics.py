@@ -23,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from hcd.dataplane.stats import HotText, QueueStats
 from hcd.doorbell import Doorbell, PathSource, Registry
 from hcd.doorbell import Path as BellPath
+from hcd.instruments import Instruments
 from hcd.metrics import cold, server
 from hcd.metrics.names import BY_NAME, FAMILIES
 
@@ -34,7 +35,9 @@ class Host:
     protocol_errors: int = 0
     guest_errors: int = 0
     handler_errors: int = 0
+    slow_steps: int = 0
     path_conflict: bool = False
+    instruments: Instruments = field(default_factory=lambda: Instruments(()))
 
 
 def render(hosts: list[Host] | None = None, doorbells: Registry | None = None, hot: HotText | None = None) -> str:

@@ -11,7 +11,9 @@ import trio
 from faulty_devices import AsyncShout, Shout
 
 from hcd.device import ConfigError, Lane
-from hcd.testing import BackendError, serve
+from hcd.devices.nullio import NullIo
+from hcd.options import defaults
+from hcd.testing import BackendError, check_device, serve
 
 TYPES = pytest.mark.parametrize("kind", [Shout, AsyncShout])
 
@@ -121,3 +123,10 @@ def test_the_pytest_plugin_costs_nothing_where_it_is_not_used() -> None:
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['hcd.pytest_plugin']"
+
+
+@pytest.mark.parametrize("source", ["nullio", NullIo, NullIo("n", defaults(NullIo.options) | {"ports": "0x500"})])
+def test_doorbell_devices_are_refused_by_name(source: object) -> None:
+    """They have no queues: a rule about requests would mean nothing."""
+    with pytest.raises(ValueError, match="is a doorbell device"):
+        check_device(source)  # type: ignore[arg-type]

@@ -13,21 +13,15 @@ from prometheus_client.registry import Collector
 from hcd.doorbell import Doorbell, PathSource
 from hcd.lab.results import load_saved
 from hcd.metrics.names import BY_NAME
+from hcd.metrics.own import Counting, OwnCollector
 from hcd.version import VERSION
 
-__all__ = ["ColdCollector", "HostView", "NamedSpec", "Renderer", "cold_registry"]
+__all__ = ["ColdCollector", "HostView", "Renderer", "cold_registry"]
 
 
-class NamedSpec(Protocol):
-    @property
-    def name(self) -> str: ...
-
-
-class HostView(Protocol):
+class HostView(Counting, Protocol):
     """What the metrics read from a :class:`hcd.host.DeviceHost`."""
 
-    @property
-    def spec(self) -> NamedSpec: ...
     @property
     def connected(self) -> bool: ...
     @property
@@ -36,6 +30,8 @@ class HostView(Protocol):
     def guest_errors(self) -> int: ...
     @property
     def handler_errors(self) -> int: ...
+    @property
+    def slow_steps(self) -> int: ...
     @property
     def path_conflict(self) -> bool: ...
 
@@ -60,6 +56,7 @@ class ColdCollector(Collector):
         yield self._per_host("hcd_protocol_errors_total", lambda host: host.protocol_errors)
         yield self._per_host("hcd_guest_errors_total", lambda host: host.guest_errors)
         yield self._per_host("hcd_handler_errors_total", lambda host: host.handler_errors)
+        yield self._per_host("hcd_slow_steps_total", lambda host: host.slow_steps)
         yield self._per_host("hcd_path_conflicts", lambda host: host.path_conflict)
         yield self._path_costs()
         build = _family("hcd_build_info")
@@ -117,6 +114,7 @@ def cold_registry(hosts: Collection[HostView], doorbells: Iterable[Doorbell]) ->
     """A registry of its own: two daemons in one process must not meet in prometheus_client's global one."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(ColdCollector(hosts, doorbells))
+    registry.register(OwnCollector(hosts))
     ProcessCollector(registry=registry)
     return registry
 

@@ -156,6 +156,13 @@ FAMILIES = (
         False,
     ),
     Family(
+        "hcd_slow_steps_total",
+        "counter",
+        "Times that code of the device ran for more than 50 ms without a break and held up all devices of its lane.",
+        ("device",),
+        False,
+    ),
+    Family(
         "hcd_path_conflicts",
         "gauge",
         "1 while the path that QEMU reports is another one than the declared path.",

@@ -28,7 +28,7 @@ from hcd.testing.settle import settled_growth
 
 __all__ = ["ConformanceError", "Exchange", "Finding", "check_device", "find_faults"]
 
-#: a turn of a plain handler that takes longer (nanoseconds) is a finding; it warns in the log from 50 ms on
+#: a step of the device that takes longer (nanoseconds) is a finding; it warns in the log from 50 ms on
 SLOW_NS = 200_000_000
 #: how long (seconds) hcd waits for requests of a queue that stops; the daemon's default is 5
 DRAIN_TIMEOUT = 0.5
@@ -39,7 +39,7 @@ RULE_BY_TEXT = (
     ("did not end within", "stop"),
     ("were in flight when", "stop"),
     ("the handler of", "handler"),
-    ("a device's callback failed", "callback"),
+    ("callback raised", "callback"),
     ("config() raised", "config"),
 )
 
@@ -173,12 +173,12 @@ class _Check:
             self.add("life", text, layout.name)
         if errors and not noticed:
             self.add("handler", f"the handler failed {errors} times during the rule {name}", layout.name)
-        for queue, ns in served.slow_turns:
+        for what, ns in served.slow_steps:
             if ns > SLOW_NS:
-                self.add("blocking", f"process() of queue {queue} kept every device of the process waiting for "
+                self.add("blocking", f"{what} kept every device of the process waiting for "
                          f"{'more than a second' if ns > 1e9 else 'over 200 ms'}", layout.name)
         served.crashes.clear()
-        served.slow_turns.clear()
+        served.slow_steps.clear()
 
 
 class _LogWatch(logging.Handler):

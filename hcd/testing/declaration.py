@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 
+from hcd import instruments
 from hcd import options as opt
 from hcd.device import API_VERSION, Device, Option
 
@@ -41,6 +42,7 @@ def faults(cls: type[Device]) -> Iterator[str]:
         yield f"max_queue_size is {size}; expected a power of two up to 32768"
     for option in cls.options:
         yield from _option_faults(option)
+    yield from instruments.faults(cls.metrics)
 
 
 def _option_faults(option: Option) -> Iterator[str]:

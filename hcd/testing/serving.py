@@ -23,15 +23,13 @@ import trio
 from hcd import options as opt
 from hcd import plugins
 from hcd.config import DeviceSpec
-from hcd.dataplane.bell import Bell
 from hcd.dataplane.stats import HotText
-from hcd.dataplane.virtqueue import Virtqueue
 from hcd.demo.hcd_process import Metrics
-from hcd.device import Device
+from hcd.device import Device, DoorbellDevice
 from hcd.doorbell import Registry
 from hcd.frontend.client import DEVICE_FEATURES
 from hcd.host import DeviceHost
-from hcd.lanes import Lanes, open_lanes
+from hcd.lanes import open_lanes
 from hcd.metrics import cold
 from hcd.testing.driver import Driver
 from hcd.transports import vhost_user
@@ -69,16 +67,15 @@ def make_device(source: Source, options: Mapping[str, Any] | None = None, name: 
         if options:
             raise ValueError("options are for devices that are still to be made")
         return source
-    if isinstance(source, str):
-        found = plugins.load(source)
-        if not issubclass(found, Device):
-            raise ValueError(f"{source} is not a virtio device")
-        source = found
-    if isinstance(source, type) and issubclass(source, Device):
-        return source(name, checked_options(source, options or {}))
+    found = plugins.load(source) if isinstance(source, str) else source
+    if isinstance(found, DoorbellDevice) or (isinstance(found, type) and issubclass(found, DoorbellDevice)):
+        raise ValueError(f"{source!r} is a doorbell device: it has no queues for a driver. What is here is for virtio "
+                         "devices; call ring() of a doorbell device in its tests")
+    if isinstance(found, type) and issubclass(found, Device):
+        return found(name, checked_options(found, options or {}))
     if options:
         raise ValueError("options are for device types; this is a function that makes a device")
-    made = source()
+    made = found()
     if not isinstance(made, Device):
         raise TypeError(f"{source!r} made {made!r}, not a device")
     return made
@@ -102,8 +99,8 @@ class ServedDevice:
         self.device = device
         #: what went wrong in a method of the device that no guest is to blame for, and took a connection along
         self.crashes: list[BaseException] = []
-        #: queue and duration (nanoseconds) of turns that held up everything else
-        self.slow_turns: list[tuple[int, int]] = []
+        #: what held up everything else, and for how long (nanoseconds)
+        self.slow_steps: list[tuple[str, int]] = []
         self.host: DeviceHost
         self._drain_timeout = drain_timeout
         self._poll_us = poll_us
@@ -160,7 +157,7 @@ class ServedDevice:
             listener.bind(self._spec.socket)
             listener.listen()
             async with open_lanes(self._poll_us) as lanes:
-                self._note_slow_turns(lanes)
+                lanes.slow.on_slow = self._note_slow_step
                 self.host = DeviceHost(
                     self._spec, self.device,
                     lanes=lanes, registry=self._registry, hot=self._hot, drain_timeout=self._drain_timeout,
@@ -190,17 +187,8 @@ class ServedDevice:
                 self.crashes += leaves(group)
             await trio.lowlevel.checkpoint()
 
-    def _note_slow_turns(self, lanes: Lanes) -> None:
-        reactor = lanes.reactor.reactor
-        tell = reactor.on_slow
-
-        def slow(source: Virtqueue | Bell, ns: int) -> None:
-            if isinstance(source, Virtqueue):
-                self.slow_turns.append((source.index, ns))
-            if tell is not None:
-                tell(source, ns)
-
-        reactor.on_slow = slow
+    def _note_slow_step(self, device: str, what: str, ns: int) -> None:
+        self.slow_steps.append((what, ns))
 
     # -- for tests
 
