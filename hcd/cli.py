@@ -29,6 +29,8 @@ EX_FAILED = 1
 EX_USAGE = 2
 EX_CONFIG = 78  # sysexits.h; lets a service manager tell a bad configuration from a crash
 
+_text = opt.for_argparse
+
 _LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -41,6 +43,8 @@ def main(argv: Sequence[str]) -> int:
             return _lab(argv[1:])
         if argv and argv[0] == "bench":
             return _bench(argv[1:])
+        if argv and argv[0] == "qemu-args":
+            return _qemu_args(argv[1:])
         arguments = _parser().parse_args(argv)
         run: Callable[[argparse.Namespace], int] = arguments.run
         return run(arguments)
@@ -97,6 +101,7 @@ def _parser() -> _Parser:
     commands.add_parser("device", help="serve one device (hcd device TYPE --help)", add_help=False)
     commands.add_parser("lab", help="measure what each path out of a guest costs here", add_help=False)
     commands.add_parser("bench", help="load a vhost-user back end (hcd bench --help)", add_help=False)
+    commands.add_parser("qemu-args", help="print QEMU's arguments for a configuration", add_help=False)
     return parser
 
 
@@ -121,6 +126,14 @@ def _lab(argv: Sequence[str]) -> int:
     parser = _Parser(prog="hcd lab", description=lab.DESCRIPTION, allow_abbrev=False)
     lab.add_arguments(parser)
     return lab.run(parser.parse_args(argv))
+
+
+def _qemu_args(argv: Sequence[str]) -> int:
+    from hcd.qemu import cli as qemu
+
+    parser = _Parser(prog="hcd qemu-args", description=qemu.DESCRIPTION, allow_abbrev=False)
+    qemu.add_arguments(parser)
+    return qemu.run(parser.parse_args(argv))
 
 
 # -- run, check
@@ -353,18 +366,6 @@ def _device_config(type_name: str, cls: type[DeviceBase], arguments: argparse.Na
         wrap=tuple(arguments.wrap),
     )
     return DaemonConfig((spec,), arguments.metrics, arguments.poll_us, arguments.drain_timeout)
-
-
-def _text(convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """``convert`` for argparse, which drops the text of a ValueError."""
-
-    def converted(text: str) -> Any:
-        try:
-            return convert(text)
-        except ValueError as exc:
-            raise argparse.ArgumentTypeError(str(exc)) from exc
-
-    return converted
 
 
 def _fd(text: str) -> int:

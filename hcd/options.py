@@ -7,10 +7,11 @@ says so.
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ __all__ = [
     "describe",
     "did_you_mean",
     "find",
+    "for_argparse",
     "from_text",
     "from_toml",
     "parse_size",
@@ -96,6 +98,18 @@ def find(options: Sequence[Option], name: str) -> Option | None:
     """The option that ``name`` means; "-" and "_" are the same there."""
     key = name.replace("-", "_")
     return next((option for option in options if option.key == key), None)
+
+
+def for_argparse(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """``convert`` for argparse, which drops the text of a ValueError."""
+
+    def converted(text: str) -> Any:
+        try:
+            return convert(text)
+        except ValueError as exc:
+            raise argparse.ArgumentTypeError(str(exc)) from exc
+
+    return converted
 
 
 def describe(option: Option) -> str:

@@ -1,0 +1,1 @@
+"""How QEMU and libvirt are told of hcd's devices."""

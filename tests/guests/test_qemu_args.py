@@ -1,0 +1,107 @@
+"""QEMU started with what ``hcd qemu-args`` prints, unchanged: a Linux guest uses the devices."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from hcd.demo import jobs, qemu
+from hcd.demo.console import Guest
+from hcd.demo.hcd_process import HcdProcess
+from hcd.demo.packages import GuestFiles
+
+pytestmark = pytest.mark.guest
+
+DEVICES = """
+[[device]]
+name = "disk0"
+type = "blk"
+socket = "{dir}/disk0.sock"
+BUS
+[device.options]
+ram = "64M"
+num-queues = 2
+
+[[device]]
+name = "rng0"
+type = "rng"
+socket = "{dir}/rng0.sock"
+BUS
+
+[[device]]
+name = "net0"
+type = "net"
+socket = "{dir}/net0.sock"
+BUS
+[device.options]
+mac = "52:54:00:12:34:57"
+"""
+JOB = """
+verify_block /dev/vda 2
+draw_random 1024
+until_true 10 test -e /sys/class/net/eth0
+say "mac=$(cat /sys/class/net/eth0/address)"
+ip link set eth0 up
+"""
+
+
+@dataclass
+class Printed:
+    """A machine whose devices, memory and machine type are those of the printed words, nothing else."""
+
+    words: Sequence[str]
+    machine: str
+
+    @property
+    def kind(self) -> qemu.Machine:
+        return qemu.MACHINES[self.machine]
+
+    def command(self, files: GuestFiles, initrd: Path) -> list[str]:
+        console = ["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]
+        clock = " ".join(qemu._clock_words()) if self.machine == "microvm" else ""
+        append = f"console=ttyS0 rdinit=/init quiet panic=-1 reboot=t no_timer_check tsc=reliable {clock}"
+        return [
+            *("qemu-system-x86_64", "-nodefaults", "-display", "none", "-no-reboot", "-accel", qemu.accelerator()),
+            *("-kernel", str(files.kernel), "-initrd", str(initrd), "-append", append),
+            *console,
+            *self.words,
+        ]
+
+
+@pytest.mark.parametrize(
+    ("bus", "machine", "more", "path"),
+    [
+        pytest.param('bus = "pci"', "pc", [], "mmio", id="pci"),
+        pytest.param('bus = "pci"\npath = "pio"', "q35", ["--machine", "q35", "--packed"], "pio", id="pci-by-port"),
+        pytest.param('bus = "mmio"', "microvm", [], "mmio", id="mmio"),
+    ],
+)
+def test_qemu_takes_what_is_printed(
+    bus: str,
+    machine: str,
+    more: list[str],
+    path: str,
+    short_dir: Path,
+    start_hcd: Callable[..., HcdProcess],
+    boot: Callable[..., Guest],
+) -> None:
+    """Every device is negotiated with and used; its doorbells ring over the path of the configuration."""
+    hcd = start_hcd(DEVICES.replace("BUS", bus))
+    command = [sys.executable, "-m", "hcd", "qemu-args", str(short_dir / "hcd.toml"), "--memory", "256M", *more]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    said = boot(Printed(shlex.split(done.stdout), machine), JOB, (*jobs.BLOCK, *jobs.RNG, *jobs.NET)).wait()
+    assert said["block-written"] == said["block-read"]
+    assert said["rng"].startswith("virtio_rng")
+    assert said["mac"] == "52:54:00:12:34:57"
+    metrics = hcd.metrics()
+    for name in ("disk0", "rng0"):
+        assert metrics.total("hcd_requests_total", device=name, status="ok") > 0
+        assert metrics.total("hcd_doorbell_rings_total", device=name, path=path) > 0
+    for name in ("disk0", "rng0", "net0"):
+        assert metrics.total("hcd_protocol_errors_total", device=name) == 0
