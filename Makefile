@@ -1,4 +1,4 @@
-# make demo | bench | test | test-all | nested | check | build | install | clean
+# make demo | bench | test | test-all | nested | service | check | build | install | clean
 # Every target sets up what it needs first (tools/setup); nothing is done twice.
 
 PYTHON := .venv/bin/python
@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test test-fast test-all nested check lint build install setup clean
+.PHONY: help demo bench test test-fast test-all nested service check lint build install setup clean
 
 help:
 	@echo 'make demo      real guests on hcd: PIO and MMIO, then a table of what every path cost'
@@ -15,6 +15,7 @@ help:
 	@echo 'make test      the fast tests, then one guest per path'
 	@echo 'make test-all  the same, and the long ones'
 	@echo 'make nested    hypercall doorbells on a stock kernel with emulated SVM (part of make test too)'
+	@echo 'make service   the systemd units in a Debian guest with systemd (part of make test too)'
 	@echo 'make check     ruff, mypy and the fast tests'
 	@echo 'make build     set up .venv and compile the data plane'
 	@echo 'make install   for the whole machine, with systemd units (DESTDIR, PREFIX, DEPS=no: see tools/install)'
@@ -27,7 +28,7 @@ build:
 	@tools/setup build
 
 install: build
-	@DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' DEPS='$(DEPS)' tools/install
+	@DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' DEPS='$(DEPS)' INTERPRETER='$(INTERPRETER)' tools/install
 
 demo: setup
 	@$(PYTHON) -m hcd.demo
@@ -44,6 +45,9 @@ test-all: setup
 
 nested: setup
 	$(PYTEST) tests/nested $(PYTEST_ARGS)
+
+service: setup
+	$(PYTEST) tests/service $(PYTEST_ARGS)
 
 test-fast: build
 	$(PYTEST) -m 'not guest and not long and not slow' $(PYTEST_ARGS)

@@ -8,11 +8,12 @@ names.
 from __future__ import annotations
 
 import lzma
+import os
 import re
 import shutil
 import stat
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,6 +71,7 @@ def _dependencies(path: Path) -> list[str]:
 class _Entry:
     mode: int
     data: bytes = b""
+    mtime: int = 0
 
 
 @dataclass(slots=True)
@@ -78,8 +80,29 @@ class Tree:
 
     entries: dict[str, _Entry] = field(default_factory=dict)
 
-    def add_file(self, path: str, data: bytes, *, executable: bool = False) -> None:
-        self._add(path, _Entry(stat.S_IFREG | (0o755 if executable else 0o644), data))
+    def add_file(self, path: str, data: bytes, *, executable: bool = False, mtime: int = 0) -> None:
+        """``mtime`` (seconds since 1970) matters to Python: a compiled module carries that of its source."""
+        self._add(path, _Entry(stat.S_IFREG | (0o755 if executable else 0o644), data, mtime))
+
+    def add_tree(self, source: Path, where: str = "", skip: Callable[[str], bool] = lambda _: False) -> None:
+        """Everything below ``source``, to ``where``; ``skip`` gets each path, relative to ``source``."""
+        for directory, names, files in os.walk(source):
+            inner = Path(directory).relative_to(source)
+            names[:] = [name for name in names if not skip(str(inner / name))]
+            for name in [*names, *files]:
+                self._add_from(Path(directory) / name, f"{where}/{inner / name}", skip(str(inner / name)))
+
+    def _add_from(self, path: Path, target: str, skipped: bool) -> None:
+        if skipped:
+            return
+        status = path.lstat()
+        if path.is_symlink():
+            self.add_link(target, os.readlink(path))
+        elif path.is_dir():
+            self.add_directory(target)
+        else:
+            executable = bool(status.st_mode & 0o100)
+            self.add_file(target, path.read_bytes(), executable=executable, mtime=int(status.st_mtime))
 
     def add_link(self, path: str, target: str) -> None:
         self._add(path, _Entry(stat.S_IFLNK | 0o777, target.encode()))
@@ -141,7 +164,7 @@ def _libraries(program: str) -> list[Path]:
 def _cpio_record(number: int, name: str, entry: _Entry) -> bytes:
     encoded = name.encode() + b"\0"
     links = 2 if stat.S_ISDIR(entry.mode) else 1
-    fields = (number, entry.mode, 0, 0, links, 0, len(entry.data), 0, 0, 0, 0, len(encoded), 0)
+    fields = (number, entry.mode, 0, 0, links, entry.mtime, len(entry.data), 0, 0, 0, 0, len(encoded), 0)
     header = b"070701" + b"".join(b"%08x" % value for value in fields)
     return _pad(header + encoded) + _pad(entry.data)
 

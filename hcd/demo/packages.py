@@ -1,4 +1,4 @@
-"""Fetch what a guest boots from: a Debian kernel with its modules, and a static busybox.
+"""Fetch what a guest boots from: a Debian kernel with its modules, and a static busybox; or any other packages.
 
 Packages come through apt with a private configuration (own state, own lists), so neither root nor the host's
 package lists are needed, and a foreign architecture does not touch the host's dpkg. They are unpacked, not
@@ -14,11 +14,11 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["GuestFiles", "MissingToolError", "cache_directory", "guest_files"]
+__all__ = ["Apt", "GuestFiles", "MissingToolError", "cache_directory", "guest_files", "unpacked"]
 
 Progress = Callable[[str], None]
 
@@ -68,10 +68,48 @@ def guest_files(flavour: str = "amd64", *, progress: Progress = lambda _: None) 
     Raises MissingToolError without apt, and RuntimeError with apt's words when the
     mirror cannot be reached.
     """
-    root = cache_directory() / f"debian-{flavour}"
-    if not root.is_dir():
-        _download(flavour, root, progress)
-    return _locate(_arch(flavour), root)
+    arch = _arch(flavour)
+
+    def choose(apt: Apt) -> list[str]:
+        return [apt.dependency(KERNEL_PACKAGES[flavour]), "busybox-static"]
+
+    return _locate(arch, unpacked(f"debian-{flavour}", choose, arch=arch, progress=progress))
+
+
+def unpacked(
+    name: str,
+    choose: Callable[[Apt], Sequence[str]],
+    *,
+    arch: str = "amd64",
+    suite: str = "",
+    whole: bool = False,
+    finish: Callable[[Path], None] = lambda _: None,
+    progress: Progress = lambda _: None,
+) -> Path:
+    """The directory ``name`` of the cache, with the packages that ``choose`` names unpacked in it.
+
+    ``whole``: with all that they depend on. ``finish`` gets the directory before it appears in the cache: what it
+    does is done once too. ``suite`` is a release of Debian instead of HCD_DEBIAN_SUITE. Raises as
+    :func:`guest_files`.
+    """
+    root = cache_directory() / name
+    if root.is_dir():
+        return root
+    _check_tools()
+    # Unpacked beside its final place, so that a download that breaks off leaves nothing that looks complete.
+    with tempfile.TemporaryDirectory(dir=root.parent, prefix=f"{root.name}.") as scratch:
+        work = Path(scratch)
+        apt = Apt(arch, work / "apt", suite)
+        progress(f"reading Debian's package list for {arch}")
+        apt.run("apt-get", "update", "-q")
+        names = choose(apt)
+        progress(f"fetching {' and '.join(names)} ({arch})")
+        tree = work / "root"
+        for deb in apt.download(names, whole=whole):
+            subprocess.run(["dpkg", "-x", str(deb), str(tree)], check=True, capture_output=True)
+        finish(tree)
+        _rename_unless_there(tree, root)
+    return root
 
 
 def _arch(flavour: str) -> str:
@@ -93,27 +131,12 @@ def _first_existing(*candidates: Path) -> Path:
     return next((path for path in candidates if path.exists()), candidates[0])
 
 
-def _download(flavour: str, root: Path, progress: Progress) -> None:
+def _check_tools() -> None:
     for tool, package in (("apt-get", "apt"), ("dpkg", "dpkg")):
         if shutil.which(tool) is None:
             raise MissingToolError(f"{tool} is missing (Debian package {package})")
     if not KEYRING.exists():
         raise MissingToolError(f"{KEYRING} is missing (Debian package debian-archive-keyring)")
-    # Unpacked beside its final place, so that a download that breaks off leaves nothing that looks complete.
-    with tempfile.TemporaryDirectory(dir=root.parent, prefix=f"{root.name}.") as scratch:
-        work = Path(scratch)
-        apt = _Apt(_arch(flavour), work / "apt")
-        progress(f"reading Debian's package list for {_arch(flavour)}")
-        apt.run("apt-get", "update", "-q")
-        names = [apt.dependency(KERNEL_PACKAGES[flavour]), "busybox-static"]
-        debs = work / "debs"
-        debs.mkdir()
-        progress(f"fetching {' and '.join(names)} ({_arch(flavour)})")
-        apt.run("apt-get", "download", "-q", *names, cwd=debs)
-        tree = work / "root"
-        for deb in debs.glob("*.deb"):
-            subprocess.run(["dpkg", "-x", str(deb), str(tree)], check=True, capture_output=True)
-        _rename_unless_there(tree, root)
 
 
 def _rename_unless_there(source: Path, target: Path) -> None:
@@ -125,15 +148,15 @@ def _rename_unless_there(source: Path, target: Path) -> None:
             raise
 
 
-class _Apt:
+class Apt:
     """apt with its state in ``directory``, for one architecture. The host's proxies still apply."""
 
-    def __init__(self, arch: str, directory: Path) -> None:
+    def __init__(self, arch: str, directory: Path, suite: str = "") -> None:
         for sub in ("state/lists/partial", "cache/archives/partial", "parts"):
             (directory / sub).mkdir(parents=True)
         (directory / "status").touch()
         mirror = os.environ.get("HCD_DEBIAN_MIRROR", "http://deb.debian.org/debian")
-        suite = os.environ.get("HCD_DEBIAN_SUITE", "bookworm")
+        suite = suite or os.environ.get("HCD_DEBIAN_SUITE", "bookworm")
         (directory / "sources.list").write_text(f"deb [arch={arch} signed-by={KEYRING}] {mirror} {suite} main\n")
         config = directory / "apt.conf"
         config.write_text(
@@ -146,6 +169,7 @@ class _Apt:
             "#clear APT::Update::Post-Invoke;\n#clear APT::Update::Post-Invoke-Success;\n"
             'Acquire::Languages "none";\nAPT::Sandbox::User "root";\n'
         )
+        self._archives = directory / "cache" / "archives"
         # APT_CONFIG is read before apt.conf.d, command-line options after it: the host must not win.
         self._options = ["-c", str(config)]
         self._env = {**os.environ, "APT_CONFIG": str(config), "LC_ALL": "C"}
@@ -156,6 +180,14 @@ class _Apt:
         if done.returncode != 0:
             raise RuntimeError(f"{' '.join([program, *arguments])} failed:\n{done.stderr.strip()}")
         return done.stdout
+
+    def download(self, names: Sequence[str], *, whole: bool) -> list[Path]:
+        """Fetch packages; ``whole``: with what they depend on, as if nothing were installed yet."""
+        if whole:
+            self.run("apt-get", "install", "-q", "-y", "--download-only", "--no-install-recommends", *names)
+        else:
+            self.run("apt-get", "download", "-q", *names, cwd=self._archives)
+        return sorted(self._archives.glob("*.deb"))
 
     def dependency(self, package: str) -> str:
         """The first package that ``package`` depends on: the versioned kernel behind a meta package."""
