@@ -28,9 +28,12 @@ from hcd.dataplane.virtqueue import Virtqueue
 from hcd.device import Handle
 from hcd.doorbell import Doorbell
 from hcd.errors import DeviceError, GuestError, ProtocolError
-from hcd.host import DeviceHost
+from hcd.host import DeviceHost, RingState
 
 __all__ = ["Backend", "eventfd_count"]
+
+#: virtio 1.3, 6
+RING_PACKED = 1 << 34
 
 
 @dataclass(slots=True)
@@ -81,6 +84,27 @@ class Backend:
 
         doorbell.on_change = follow
         return _Vring(queue)
+
+    # -- what it is
+
+    @property
+    def queues(self) -> list[Virtqueue]:
+        return [vring.queue for vring in self._vrings]
+
+    def rings(self) -> list[RingState]:
+        """How each ring stands. Any thread."""
+        return [
+            RingState(
+                index=vring.queue.index,
+                size=vring.queue.size if vring.queue.is_started else vring.num,
+                packed=bool(self.features & RING_PACKED),
+                started=vring.queue.is_started,
+                enabled=vring.enabled,
+                draining=bool(vring.on_drained),
+                broken=vring.queue.broken,
+            )
+            for vring in self._vrings
+        ]
 
     # -- negotiation
 

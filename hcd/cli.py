@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hcd import options as opt
+from hcd.control import cli as control_cli
 from hcd.errors import ConfigError, HcdError, PluginError
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ def _parser() -> _Parser:
     new = commands.add_parser("new-device", help="write a package with a device type to start from", allow_abbrev=False)
     new.add_argument("name", help="of the device type; the package is hcd-NAME, in a directory of that name")
     new.set_defaults(run=_new_device)
+    control_cli.register(commands)
     commands.add_parser("device", help="serve one device (hcd device TYPE --help)", add_help=False)
     commands.add_parser("lab", help="measure what each path out of a guest costs here", add_help=False)
     commands.add_parser("bench", help="load a vhost-user back end (hcd bench --help)", add_help=False)
@@ -322,6 +324,7 @@ def _device_parser(type_name: str, cls: type[DeviceBase], captive: bool = False)
         help="run under log or error:OPTION=VALUE,...; again for more, the first one outermost",
     )
     parser.add_argument("--metrics", type=_text(config.parse_address), metavar="ADDR", help="HOST:PORT or unix:PATH")
+    parser.add_argument("--control", type=_text(config.check_socket), metavar="PATH", help="socket for hcd status")
     parser.add_argument("--poll-us", type=_text(_poll_us), default=config.DEFAULT_POLL_US, metavar="US")
     parser.add_argument(
         "--drain-timeout", type=_text(_seconds), default=config.DEFAULT_DRAIN_TIMEOUT, metavar="SECONDS"
@@ -350,6 +353,7 @@ def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
 
 def _device_config(type_name: str, cls: type[DeviceBase], arguments: argparse.Namespace, path: str) -> DaemonConfig:
     from hcd.config import DaemonConfig, DeviceSpec
+    from hcd.control.settings import ControlSpec
     from hcd.device import Device
 
     if arguments.wrap and not issubclass(cls, Device):
@@ -365,7 +369,8 @@ def _device_config(type_name: str, cls: type[DeviceBase], arguments: argparse.Na
         options={option.key: given[f"option {option.key}"] for option in cls.options},
         wrap=tuple(arguments.wrap),
     )
-    return DaemonConfig((spec,), arguments.metrics, arguments.poll_us, arguments.drain_timeout)
+    control = None if arguments.control is None else ControlSpec(arguments.control)
+    return DaemonConfig((spec,), arguments.metrics, arguments.poll_us, arguments.drain_timeout, control)
 
 
 def _fd(text: str) -> int:

@@ -7,6 +7,9 @@
     poll_us = 32                    # how long the reactor polls rings before it sleeps; 0: never
     drain_timeout = 5.0             # seconds that a stopping queue waits for requests in flight
 
+    [control]                       # optional: see hcd.control.settings
+    path = "/run/hcd/control.sock"
+
     [[device]]
     name = "disk0"
     type = "blk"
@@ -30,6 +33,7 @@ from typing import Any
 
 from hcd import options as opt
 from hcd import plugins, wrappers
+from hcd.control.settings import ControlSpec, parse_mode
 from hcd.device import Device, DeviceBase, Option
 from hcd.doorbell import Path
 from hcd.errors import ConfigError, PluginError
@@ -57,6 +61,7 @@ DEFAULT_DRAIN_TIMEOUT = 5.0
 _SUN_PATH_MAX = 107
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,62}", re.ASCII)
 _DAEMON_KEYS = ("metrics", "poll_us", "drain_timeout")
+_CONTROL_KEYS = ("path", "mode", "owner", "group")
 _DEVICE_KEYS = ("name", "type", "socket", "path", "bus", "qmp", "wrap", "options")
 
 
@@ -96,6 +101,8 @@ class DaemonConfig:
     metrics: Address | None = None
     poll_us: int = DEFAULT_POLL_US
     drain_timeout: float = DEFAULT_DRAIN_TIMEOUT
+    control: ControlSpec | None = None  # None: no control socket
+    file: str = field(default="", compare=False)  # where it was read from
 
 
 class ConfigProblems(ConfigError):
@@ -187,13 +194,14 @@ class _Reader:
         self.problems: list[str] = []
 
     def read(self, document: Mapping[str, Any]) -> DaemonConfig:
-        self.unknown_keys("", document, ("daemon", "device"))
+        self.unknown_keys("", document, ("daemon", "control", "device"))
         daemon = self.daemon(document.get("daemon", {}))
+        control = self.control(document.get("control", {}))
         specs = self.devices(document.get("device", []))
-        self.duplicates(specs, daemon.get("metrics"))
+        self.duplicates(specs, daemon.get("metrics"), control)
         if self.problems:
             raise ConfigProblems(self.problems)
-        return DaemonConfig(devices=tuple(specs), **daemon)
+        return DaemonConfig(devices=tuple(specs), control=control, file=self.file, **daemon)
 
     def problem(self, table: str, key: str, text: str) -> None:
         where = " ".join(part for part in (table, key) if part)
@@ -239,6 +247,19 @@ class _Reader:
         if "drain_timeout" in found:
             read["drain_timeout"] = self.number(table, found, "drain_timeout", float, 3600)
         return read
+
+    def control(self, found: object) -> ControlSpec:
+        table = "[control]"
+        if not isinstance(found, dict):
+            self.problem(table, "", f"expected a table, found {opt.shown(found)}")
+            return ControlSpec()
+        self.unknown_keys(table, found, _CONTROL_KEYS)
+        return ControlSpec(
+            path=self.text(table, found, "path", lambda text: text and _unix_path(text)),
+            mode=self.text(table, found, "mode", parse_mode),
+            owner=self.text(table, found, "owner", str),
+            group=self.text(table, found, "group", str),
+        )
 
     def number(self, table: str, found: Mapping[str, Any], key: str, kind: type, most: int) -> Any:
         value = found[key]
@@ -314,11 +335,16 @@ class _Reader:
                 self.problem(table, f"options.{key}", str(exc))
         return values
 
-    def duplicates(self, specs: list[DeviceSpec], metrics: Address | None) -> None:
+    def duplicates(self, specs: list[DeviceSpec], metrics: Address | None, control: ControlSpec) -> None:
         names: set[str] = set()
         owners: dict[str, str] = {}
         if metrics is not None and metrics.path:
             owners[os.path.abspath(metrics.path)] = "[daemon] metrics"
+        if control.path:
+            path = os.path.abspath(control.path)
+            if path in owners:
+                self.problem("[control]", "path", f"is used by {owners[path]} too")
+            owners[path] = "[control] path"
         for index, spec in enumerate(specs, 1):
             table = _table(index, spec.name)
             if spec.name and spec.name in names:

@@ -3,7 +3,7 @@
 Start, in this order: lanes, inherited sockets, devices (opened), listening sockets, metrics, then serving. Whatever
 fails before serving is the operator's to fix and ends the daemon (ConfigError); what fails later ends one
 connection. The end is the same backwards, begun by SIGTERM, by SIGINT, or by the only connection of ``hcd
-device --fd``. SIGHUP reads the configuration again (:mod:`hcd.supervisor`).
+device --fd``. SIGHUP reads the configuration again (:mod:`hcd.reload`).
 """
 
 from __future__ import annotations
@@ -13,18 +13,24 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
 
 import trio
 
 from hcd import activation, sockets, systemd, watch
 from hcd.activation import Activation
 from hcd.config import Address, DaemonConfig
+from hcd.control import settings
+from hcd.control.calls import Calls, Probe
+from hcd.control.server import serve as serve_control
 from hcd.errors import ConfigError, HcdError
 from hcd.lanes import Lanes, open_lanes
 from hcd.metrics import cold, server
+from hcd.reload import Reloader
 from hcd.supervisor import CLOSE_TIMEOUT, Supervisor, keep_up
 from hcd.systemd import Notifier
 
@@ -52,6 +58,7 @@ class _Daemon:
     load: Load | None = None
     notifier: Notifier = field(default_factory=Notifier)
     watchdog: float | None = None
+    started: float = field(default_factory=time.time)
     failure: HcdError | None = None  # why it could not start
     beside: Callable[[], Awaitable[None]] | None = None  # what it ends with
 
@@ -117,6 +124,7 @@ async def _serve_all(daemon: _Daemon, stack: AsyncExitStack) -> None:
         stack.callback(given.close)
         supervisor = await _open_devices(daemon, stack, lanes, given)
         listeners = await _bind_metrics(stack, daemon.config.metrics, given)
+        control = _bind_control(stack, daemon.config)
     except HcdError as exc:
         daemon.failure = exc  # not raised here: it would leave the nurseries above as a group
         daemon.notifier.status(f"cannot start: {exc}")
@@ -134,12 +142,19 @@ async def _serve_all(daemon: _Daemon, stack: AsyncExitStack) -> None:
         async with trio.open_nursery() as sessions:
             for host in supervisor.hosts:
                 supervisor.start(host, sessions)
+            reloader = None
+            if daemon.load is not None:
+                reloader = Reloader(daemon.config, daemon.load, supervisor, daemon.notifier, sessions)
+            if control is not None:
+                calls = Calls(supervisor, Probe(lanes.reactor), started=daemon.started, config=daemon.config.file,
+                              reloader=reloader)
+                nursery.start_soon(keep_up, "control", partial(serve_control, control, calls.answer, calls.trace))
             daemon.notifier.ready(watch.describe(supervisor.hosts))
             if daemon.beside is not None:
                 await daemon.beside()
                 sessions.cancel_scope.cancel()
-            if daemon.load is not None:
-                await _reload_on_signal(daemon, supervisor, hangups, sessions)
+            if reloader is not None:
+                await reloader.on_signal(hangups)
         _say_stopping(daemon)
         nursery.cancel_scope.cancel()
 
@@ -184,37 +199,26 @@ async def _bind_metrics(
     return listeners
 
 
+def _bind_control(stack: AsyncExitStack, config: DaemonConfig) -> socket.socket | None:
+    """The control socket. That the default place cannot be had is no reason not to serve the devices."""
+    spec = config.control
+    path = "" if spec is None else settings.default_path() if spec.path is None else spec.path
+    if spec is None or not path:
+        return None
+    try:
+        made = settings.bind(spec, path)
+    except ConfigError as exc:
+        if spec.path is not None:
+            raise
+        _log.warning("no control socket: %s; [control] path chooses another place", exc)
+        return None
+    stack.callback(made.close)
+    return made.socket
+
+
 def _say_stopping(daemon: _Daemon) -> None:
     """Sessions drain beside each other; devices are closed one after the other."""
     drain, devices = daemon.config.drain_timeout, len(daemon.config.devices)
     daemon.notifier.stopping()
     daemon.notifier.extend_timeout(STOP_TIMEOUT + drain + (drain + CLOSE_TIMEOUT) * devices)
 
-
-# -- reload
-
-
-async def _reload_on_signal(
-    daemon: _Daemon, supervisor: Supervisor, hangups: AsyncIterator[int], sessions: trio.Nursery
-) -> None:
-    async for _ in hangups:
-        daemon.notifier.reloading()
-        try:
-            await _reload(daemon, supervisor, sessions)
-        except HcdError as exc:
-            for line in str(exc).splitlines():
-                _log.error("not reloaded, all is as before: %s", line)
-        except Exception:
-            _log.exception("not reloaded: a defect")
-        daemon.notifier.ready(watch.describe(supervisor.hosts))
-
-
-async def _reload(daemon: _Daemon, supervisor: Supervisor, sessions: trio.Nursery) -> None:
-    assert daemon.load is not None
-    config = await trio.to_thread.run_sync(daemon.load)  # it may import plug-ins
-    plan = await supervisor.apply(config, sessions)
-    for key in ("metrics", "poll_us"):
-        if getattr(config, key) != getattr(daemon.config, key):
-            _log.warning("[daemon] %s has changed; that takes effect at the next restart", key)
-    daemon.config = config
-    _log.info("reloaded: %s", plan)

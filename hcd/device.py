@@ -217,6 +217,17 @@ class Device(DeviceBase):
         """The driver writes ``data`` at ``offset`` (inside the configuration space). May raise DeviceError."""
         raise DeviceError("the configuration space is read-only")
 
+    def storage_size(self) -> int | None:
+        """Bytes of storage that the guest sees; None for a device that is no storage. Any thread, while open."""
+        return None
+
+    def resize(self, size: int | None) -> int:
+        """Let the guest see more storage: ``size`` bytes, or as many as there are by now. Returns how many that are.
+
+        For ``hcd resize``, on the lane's thread. hcd tells the front end. DeviceError where that cannot be.
+        """
+        raise DeviceError("the device has no storage that can grow")
+
     def set_mtu(self, mtu: int) -> None:
         """NET_SET_MTU of the front end."""
         raise DeviceError("the device takes no MTU")

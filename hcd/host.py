@@ -7,12 +7,15 @@ virtio devices, that of doorbell devices is in :mod:`hcd.doorbell_host`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import trio
 
 from hcd.config import DeviceSpec
 from hcd.dataplane.stats import HotText, QueueStats
+from hcd.dataplane.virtqueue import Virtqueue
 from hcd.device import Device, DeviceBase
 from hcd.device_lane import DeviceLane
 from hcd.doorbell import Doorbell, Path, PathSource, Registry
@@ -22,7 +25,7 @@ from hcd.lanes import Lanes, QueueLane
 from hcd.log import RateLimited
 from hcd.wrappers import Stack
 
-__all__ = ["DeviceHost", "HostBase"]
+__all__ = ["DeviceHost", "HostBase", "Peer", "RingState", "SessionView"]
 
 #: virtio 1.3, 5: what a front end tells the driver about the device's own feature bits
 VERSION_1 = 1 << 32
@@ -32,6 +35,45 @@ _BUS_PATHS: Mapping[str, tuple[Path, str]] = {
     "mmio": (Path.MMIO, "virtio-mmio"),
     "ccw": (Path.HYPERCALL, "ccw"),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who is connected: a front end, or a VMM. ``since`` as time.time(); what the kernel does not say is None or ""."""
+
+    pid: int | None
+    command: str
+    since: float
+
+
+@dataclass(frozen=True, slots=True)
+class RingState:
+    """One ring as its front end left it. ``size`` in entries, 0 before it is known."""
+
+    index: int
+    size: int
+    packed: bool
+    started: bool
+    enabled: bool
+    draining: bool
+    broken: str
+
+
+class SessionView(Protocol):
+    """What may be told of the connection of a peer. Read from trio while the lane goes on."""
+
+    @property
+    def peer(self) -> Peer: ...
+    @property
+    def features(self) -> int: ...
+    @property
+    def protocol_features(self) -> int: ...
+    @property
+    def can_notify(self) -> bool:
+        """Whether the peer can be told that the configuration space changed."""
+
+    def rings(self) -> Sequence[RingState]: ...
+    def queues(self) -> Sequence[Virtqueue]: ...
 
 
 class HostBase:
@@ -55,6 +97,8 @@ class HostBase:
         #: called whenever a peer has come or gone, on the thread where that is noticed
         self.on_connection: Callable[[], None] | None = None
         self._connected = False
+        #: the connection that is served now
+        self.session: SessionView | None = None
         self.protocol_errors = 0
         self.path_conflict = False
         #: how often a method other than the handler raised what it must not
@@ -66,6 +110,11 @@ class HostBase:
         self._traced: set[type[BaseException]] = set()
         self._registry = registry
         self._hot = hot
+
+    @property
+    def is_async(self) -> bool:
+        """Whether the device lives on trio's lane."""
+        return self._device.is_async()
 
     @property
     def connected(self) -> bool:
@@ -161,6 +210,14 @@ class DeviceHost(HostBase):
     @property
     def drops(self) -> int:
         return sum(stats.drops for stats in self.queue_stats)
+
+    def storage_size(self) -> int | None:
+        """Bytes of storage, if the device has any. Any thread."""
+        try:
+            return self.device.storage_size()
+        except Exception as error:  # a plug-in's; what is told of it must not depend on that
+            self.device_failed("storage_size()", error)
+            return None
 
     # -- life
 

@@ -13,11 +13,17 @@ import contextlib
 import os
 import socket
 import stat
-from collections.abc import Iterable
+import struct
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 from hcd.errors import ConfigError
 
-__all__ = ["KINDS", "UnixListener", "adopt_fd", "close_all", "is_listening", "local_path", "received_fds"]
+if TYPE_CHECKING:
+    import trio
+
+__all__ = ["KINDS", "UnixListener", "adopt_fd", "close_all", "is_listening", "local_path", "peer_of",
+           "received_fds"]
 
 BACKLOG = 16
 
@@ -26,9 +32,17 @@ KINDS = {"vhost-user": socket.SOCK_STREAM, "kvm": socket.SOCK_SEQPACKET}
 
 
 class UnixListener:
-    """A listening unix socket of our own, of type ``kind``. ConfigError when ``path`` cannot be had."""
+    """A listening unix socket of our own, of type ``kind``. ConfigError when ``path`` cannot be had.
 
-    def __init__(self, path: str, kind: socket.SocketKind = socket.SOCK_STREAM) -> None:
+    ``permit`` sets the permissions of its file, before anybody can connect; the umask does without it.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        kind: socket.SocketKind = socket.SOCK_STREAM,
+        permit: Callable[[str], None] | None = None,
+    ) -> None:
         self.path = path
         _remove_stale(path)
         self.socket = socket.socket(socket.AF_UNIX, kind)
@@ -36,10 +50,19 @@ class UnixListener:
             self.socket.bind(path)
             made = os.lstat(path)
             self._identity = (made.st_dev, made.st_ino)
+            if permit is not None:
+                self._permit(permit)
             self.socket.listen(BACKLOG)
         except OSError as exc:
             self.socket.close()
             raise ConfigError(f"cannot listen on {path}: {exc.strerror}") from exc
+
+    def _permit(self, permit: Callable[[str], None]) -> None:
+        try:
+            permit(self.path)
+        except BaseException:
+            os.unlink(self.path)
+            raise
 
     def close(self) -> None:
         """Stop listening and unlink the file unless somebody else's stands there by now."""
@@ -93,6 +116,12 @@ def received_fds(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:
     return list(fds)
 
 
+def peer_of(sock: socket.socket | trio.socket.SocketType) -> tuple[int, int]:
+    """Process and user id of who connected, or of who listens (unix(7), SO_PEERCRED). OSError where there is none."""
+    pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return pid, uid
+
+
 def close_all(fds: Iterable[int]) -> None:
     for fd in fds:
         os.close(fd)
@@ -126,13 +155,14 @@ def _remove_stale(path: str) -> None:
         probe.setblocking(False)  # a full backlog answers EAGAIN: somebody is there
         try:
             probe.connect(path)
+            holder = f" (pid {peer_of(probe)[0]})"
         except ConnectionRefusedError:
             os.unlink(path)
             return
         except FileNotFoundError:
             return
         except BlockingIOError:
-            pass
+            holder = ""
         except OSError as exc:
             raise ConfigError(f"cannot tell whether {path} is in use: {exc.strerror}") from exc
-    raise ConfigError(f"cannot listen on {path}: another process does")
+    raise ConfigError(f"cannot listen on {path}: another process does{holder}")

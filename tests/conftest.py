@@ -16,6 +16,9 @@ import pytest
 
 from hcd.demo.hcd_process import HcdProcess, Resources
 
+#: no daemon of a test takes the default place of the control socket, no client looks there
+os.environ["HCD_CONTROL"] = ""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first, guests last: what fails quickly is known quickly."""

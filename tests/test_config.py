@@ -115,7 +115,7 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
         ("device = [3]", "[[device]]: expected tables"),
         ('[device]\nname = "x"', "expected tables, each headed [[device]]"),
         ("daemon = 3\n" + device(), "[daemon]: expected a table, found 3"),
-        ("[deamon]\n" + device(), 'deamon: is not a known key; expected daemon, device; did'),
+        ("[deamon]\n" + device(), 'deamon: is not a known key; expected daemon, control, device; did'),
         ("[daemon]\npoll-us = 3\n" + device(), '[daemon] poll-us: is not a known key;'),
         ('[daemon]\npoll_us = "3"\n' + device(), 'expected an integer from 0 to 1000000, found "3"'),
         ("[daemon]\npoll_us = true\n" + device(), "found true"),

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import select
 import socket
-import struct
+import time
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 import trio
 
-from hcd.host import HostBase
+from hcd import sockets
+from hcd.host import HostBase, Peer
 
-__all__ = ["Session", "accept_one_at_a_time", "hung_up", "peer_pid"]
+__all__ = ["Session", "accept_one_at_a_time", "hung_up", "peer_of", "shown_pid"]
 
 #: after an accept that failed for want of fds or memory (seconds)
 ACCEPT_PAUSE = 0.1
@@ -30,7 +31,7 @@ class Session(Protocol):
         """Set when everything of the session is released."""
 
     @property
-    def peer(self) -> int | str: ...
+    def peer(self) -> Peer: ...
 
     def hung_up(self) -> bool:
         """Whether the peer closed its end, even if hcd has not come round to it yet, or hcd is about to."""
@@ -68,7 +69,7 @@ async def accept_one_at_a_time(
                 if not session.hung_up():
                     host.rare_log.warning(
                         f"a second {what}",
-                        "a second %s was refused: one is connected already (pid %s)", what, session.peer,
+                        "a second %s was refused: one is connected already (pid %s)", what, shown_pid(session.peer),
                     )
                     nursery.start_soon(_refuse, sock, refuse)
                     continue
@@ -107,11 +108,24 @@ def hung_up(fd: int) -> bool:
     return any(flags & (select.POLLRDHUP | select.POLLHUP | select.POLLERR) for _, flags in poll.poll(0))
 
 
-def peer_pid(sock: trio.socket.SocketType) -> int | str:
-    """The process at the other end when it connected (unix(7), SO_PEERCRED); "?" where the kernel does not say."""
+def peer_of(sock: trio.socket.SocketType) -> Peer:
+    """The process at the other end when it connected."""
     try:
-        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        pid = sockets.peer_of(sock)[0] or None
     except OSError:
-        return "?"
-    pid, _, _ = struct.unpack("3i", credentials)
-    return pid or "?"
+        pid = None
+    return Peer(pid, "" if pid is None else _command(pid), time.time())
+
+
+def _command(pid: int) -> str:
+    """The name of a process; "" where it is hidden (ProtectProc=)."""
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+            return file.read().rstrip("\n")
+    except OSError:
+        return ""
+
+
+def shown_pid(peer: Peer) -> str:
+    """For log lines."""
+    return "?" if peer.pid is None else str(peer.pid)

@@ -35,9 +35,11 @@ from hcd_protocols.doorbell import (
 
 from hcd import sockets
 from hcd.attachment import Attachment
+from hcd.dataplane.virtqueue import Virtqueue
 from hcd.doorbell_host import DoorbellHost, HostedDoorbell
 from hcd.errors import ProtocolError
-from hcd.transports.accept import accept_one_at_a_time, hung_up, peer_pid
+from hcd.host import RingState
+from hcd.transports.accept import accept_one_at_a_time, hung_up, peer_of, shown_pid
 
 __all__ = ["HELLO_TIMEOUT", "serve", "serve_connected"]
 
@@ -85,7 +87,7 @@ class _Session:
     def __init__(self, host: DoorbellHost, sock: trio.socket.SocketType) -> None:
         self.host = host
         self.over = trio.Event()
-        self.peer = peer_pid(sock)
+        self.peer = peer_of(sock)
         self._sock = sock
         self._conn = HostConnection()
         self._sending = trio.Lock()
@@ -99,10 +101,23 @@ class _Session:
     def hung_up(self) -> bool:
         return self._lost or hung_up(self._sock.fileno())
 
+    # -- what may be told of it: it has no virtqueues
+
+    features = 0
+    protocol_features = 0
+    can_notify = False
+
+    def rings(self) -> Sequence[RingState]:
+        return ()
+
+    def queues(self) -> Sequence[Virtqueue]:
+        return ()
+
     # -- life
 
     async def run(self) -> None:
         """Serve until the VMM goes, breaks the protocol, or this is cancelled. Raises nothing else."""
+        self.host.session = self
         try:
             await self._serve()
         finally:
@@ -145,7 +160,8 @@ class _Session:
         await _send_last(self._sock, self._conn)
 
     def _shown(self) -> str:
-        return f'"{self._name}" (pid {self.peer})' if self._name else f"(pid {self.peer})"
+        pid = f"(pid {shown_pid(self.peer)})"
+        return f'"{self._name}" {pid}' if self._name else pid
 
     async def _close(self) -> None:
         attachment = self._attachment
@@ -158,6 +174,7 @@ class _Session:
             attachment.close()
         self._sock.close()
         sockets.close_all(self._conn.take_unclaimed_fds())
+        self.host.session = None
         self.over.set()
 
     # -- packets

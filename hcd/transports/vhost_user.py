@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import trio
 from hcd_protocols.vhost_user import BackChannel, BackendConnection, events
@@ -25,10 +25,11 @@ from hcd_protocols.vhost_user.messages import describe
 from hcd import qmp
 from hcd.backend import Backend
 from hcd.dataplane.memory import MemoryTable, Region
+from hcd.dataplane.virtqueue import Virtqueue
 from hcd.doorbell import Path, PathSource
 from hcd.errors import DeviceError, ProtocolError
-from hcd.host import DeviceHost
-from hcd.transports.accept import accept_one_at_a_time, peer_pid
+from hcd.host import DeviceHost, RingState
+from hcd.transports.accept import accept_one_at_a_time, peer_of, shown_pid
 from hcd.transports.message_socket import HungUp, MessageSocket, close_all
 
 __all__ = ["offered_features", "offered_protocol_features", "serve", "serve_connected"]
@@ -105,7 +106,7 @@ class _Session:
     def __init__(self, host: DeviceHost, sock: trio.socket.SocketType, *, qmp_path: str) -> None:
         self.host = host
         self.over = trio.Event()
-        self.peer = peer_pid(sock)
+        self.peer = peer_of(sock)
         self._qmp_path = qmp_path
         self._told_migration = False
         self._back_channel: socket.socket | None = None
@@ -125,14 +126,35 @@ class _Session:
         """Whether the front end closed its end, even if hcd has not come round to it yet."""
         return self._link.hung_up()
 
+    # -- what may be told of it
+
+    @property
+    def features(self) -> int:
+        return self._conn.features
+
+    @property
+    def protocol_features(self) -> int:
+        return self._conn.protocol_features
+
+    @property
+    def can_notify(self) -> bool:
+        return self._back_channel is not None
+
+    def rings(self) -> Sequence[RingState]:
+        return [] if self._backend is None else self._backend.rings()
+
+    def queues(self) -> Sequence[Virtqueue]:
+        return [] if self._backend is None else self._backend.queues
+
     # -- life
 
     async def run(self) -> None:
         """Serve until the front end goes, breaks the protocol, or this is cancelled. Raises nothing else."""
         host = self.host
         self._backend = await host.lane.run(lambda: Backend(host))
+        host.session = self
         host.connected = True
-        host.rare_log.log(logging.INFO, "connections", "front end connected (pid %s)", self.peer)
+        host.rare_log.log(logging.INFO, "connections", "front end connected (pid %s)", shown_pid(self.peer))
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch_memory, self._backend.alarm, nursery.cancel_scope)
@@ -173,7 +195,7 @@ class _Session:
     def _protocol_error(self, text: str) -> None:
         self.host.protocol_errors += 1
         self.host.rare_log.error("protocol errors", "the front end (pid %s) broke the protocol: %s; its connection "
-                                 "ends", self.peer, text)
+                                 "ends", shown_pid(self.peer), text)
 
     async def _close(self) -> None:
         host = self.host
@@ -187,6 +209,7 @@ class _Session:
         if self._back_channel is not None:
             self._back_channel.close()
         close_all(self._conn.take_unclaimed_fds())
+        host.session = None
         host.connected = False
         self.over.set()
 
