@@ -8,7 +8,7 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,8 +41,8 @@ class Host:
 
 
 def render(hosts: list[Host] | None = None, doorbells: Registry | None = None, hot: HotText | None = None) -> str:
-    registry = cold.cold_registry(hosts or [], doorbells if doorbells is not None else Registry())
-    return cold.Renderer(hot or HotText(), registry)().decode()
+    renderer = cold.Renderer(hot or HotText(), hosts or [], doorbells if doorbells is not None else Registry())
+    return b"".join(renderer()).decode()
 
 
 def parsed(text: str) -> dict[str, Metric]:
@@ -94,7 +94,7 @@ def test_no_family_is_there_that_the_table_does_not_have() -> None:
 
 
 def test_the_hot_families_are_those_of_the_data_plane() -> None:
-    assert set(parsed(HotText().render().decode())) == {family.name for family in FAMILIES if family.hot}
+    assert set(parsed(bytes(HotText().render()).decode())) == {family.name for family in FAMILIES if family.hot}
 
 
 def test_samples_have_the_labels_of_the_table() -> None:
@@ -252,7 +252,9 @@ Connect = Callable[[], Any]
 
 
 @contextlib.asynccontextmanager
-async def serving(path: Path, text: Callable[[], bytes] = lambda: b"text\n") -> AsyncIterator[Connect]:
+async def serving(
+    path: Path, text: Callable[[], Sequence[bytes | memoryview]] = lambda: [b"te", memoryview(b"xt\n")]
+) -> AsyncIterator[Connect]:
     with socket.socket(socket.AF_UNIX) as raw:
         raw.bind(str(path / "metrics.sock"))
         raw.listen()
@@ -281,7 +283,7 @@ async def test_a_scrape_brings_the_text(tmp_path: Path) -> None:
 
 async def test_a_connection_serves_many_scrapes_and_pipelined_ones(tmp_path: Path) -> None:
     numbers = iter(range(100))
-    async with serving(tmp_path, lambda: b"%d" % next(numbers)) as connect:
+    async with serving(tmp_path, lambda: [b"%d" % next(numbers)]) as connect:
         scraper = await connect()
         assert (await scraper.ask(GET))[2] == b"0"
         assert (await scraper.ask(GET + GET))[2] == b"1"
@@ -337,7 +339,7 @@ async def test_a_bad_request_is_answered_and_ends_its_connection_only(
 
 
 async def test_a_scraper_that_leaves_in_the_middle_harms_nobody(tmp_path: Path) -> None:
-    async with serving(tmp_path, lambda: b"x" * (8 << 20)) as connect:
+    async with serving(tmp_path, lambda: [b"x" * (8 << 20)]) as connect:
         for request in (b"", b"GET /met", GET):
             scraper = await connect()
             await scraper.stream.send_all(request)
@@ -369,7 +371,7 @@ async def test_a_connection_that_asks_nothing_is_closed_in_the_end(
 
 
 async def test_a_scraper_that_does_not_read_is_dropped(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
-    async with serving(tmp_path, lambda: b"x" * (8 << 20)) as connect:
+    async with serving(tmp_path, lambda: [b"x" * (8 << 20)]) as connect:
         scraper = await connect()
         await scraper.stream.send_all(GET)
         await trio.sleep(server.REQUEST_TIMEOUT + 1)
@@ -396,11 +398,11 @@ async def test_a_scrape_that_fails_is_logged_and_the_next_one_works(
 ) -> None:
     answers = iter([b"", b"text\n"])
 
-    def text() -> bytes:
+    def text() -> list[bytes]:
         answer = next(answers)
         if not answer:
             raise RuntimeError("no text today")
-        return answer
+        return [answer]
 
     async with serving(tmp_path, text) as connect:
         scraper = await connect()

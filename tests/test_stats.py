@@ -45,7 +45,7 @@ def test_text_has_every_family_and_value() -> None:
     doorbell.rings, doorbell.wakeups = 12, 3
     doorbell.dispatch.observe(2000)
     queue.latency(1).observe(5000)
-    families = {f.name: f for f in text_string_to_metric_families(text.render().decode())}
+    families = {f.name: f for f in text_string_to_metric_families(bytes(text.render()).decode())}
     (rings,) = families["hcd_doorbell_rings"].samples
     assert rings.labels == {"device": 'a"b', "queue": "0", "path": "pio"}
     assert rings.value == 12
@@ -62,10 +62,10 @@ def test_cached_text_follows_the_counts() -> None:
     """Text is kept between scrapes and redone where a count moved."""
     doorbell, text = DoorbellStats(), HotText()
     text.add_doorbell("d", "0", "pio", doorbell)
-    first = text.render()
+    first = bytes(text.render())
     assert text.render() == first
     doorbell.response.observe(10)
-    assert b'hcd_doorbell_response_seconds_count{device="d",queue="0",path="pio"} 1' in text.render()
+    assert b'hcd_doorbell_response_seconds_count{device="d",queue="0",path="pio"} 1' in bytes(text.render())
 
 
 def test_removed_devices_leave_no_series() -> None:
@@ -75,7 +75,7 @@ def test_removed_devices_leave_no_series() -> None:
         text.add_doorbell(device, "0", "pio", DoorbellStats())
         text.add_queue(device, "0", QueueStats(("x",)))
     text.remove_device("a")
-    rendered = text.render().decode()
+    rendered = bytes(text.render()).decode()
     assert 'device="a"' not in rendered
     assert 'device="b"' in rendered
 

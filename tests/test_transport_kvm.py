@@ -104,7 +104,7 @@ class Served:
         return self.host.doorbells[name].doorbell.stats
 
     def metrics(self) -> str:
-        return cold.Renderer(self._hot, cold.cold_registry([self.host], self._registry))().decode()
+        return b"".join(cold.Renderer(self._hot, [self.host], self._registry)()).decode()
 
     async def until(self, condition: Callable[[], bool]) -> None:
         with trio.fail_after(20):

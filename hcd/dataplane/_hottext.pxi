@@ -1,24 +1,25 @@
 # The hot families as Prometheus text (exposition format 0.0.4), written without the GIL.
 #
-# A scrape of hundreds of queues is megabytes; made under the GIL it would stall the handlers of the reactor. So the
-# text of each histogram is kept and redone only when its count moved, and the whole document is put together in C.
+# A scrape of hundreds of queues is megabytes, of which a few lines differ from the last one; made anew, or under the
+# GIL, it would stall the handlers of the reactor. So there is one document, and a scrape writes over those series in it
+# that moved. It is built again only when series came or went or when a text changed its length, and then with what did
+# not move copied from the last one. Whoever sends the document holds a view of it, without a copy; a scrape meanwhile
+# leaves that one alone and builds its own.
 
 ctypedef struct buf_t:
     char *p
     size_t used
     size_t room
+    bint full                 # memory ran out: the text has holes
 
-ctypedef struct cache_t:      # the text of one histogram
-    const hist_t *h
+ctypedef struct series_t:
+    const uint64_t *value     # of a counter or gauge
+    const hist_t *h           # of a histogram
     char *labels
-    const char *family
-    uint64_t count
-    bint valid
-    buf_t text
-
-cdef struct counter_t:        # one line: NAME{LABELS} VALUE
-    const uint64_t *value
-    char *labels
+    uint64_t seen             # the value, or the count, in the document
+    bint valid                # there is a text in the document
+    size_t at
+    size_t length
 
 cdef enum:
     F_RINGS = 0
@@ -76,6 +77,7 @@ cdef bint buf_room(buf_t *b, size_t n) noexcept nogil:
     want = b.room * 2 if b.room * 2 > b.used + n else b.used + n + 256
     p = <char *>realloc(b.p, want)
     if p == NULL:
+        b.full = True
         return False
     b.p = p
     b.room = want
@@ -122,129 +124,63 @@ cdef void bucket_line(buf_t *b, const char *family, const char *labels, const ch
     buf_put(b, "\n", 1)
 
 
-cdef void render_histogram(cache_t *c) noexcept nogil:
+cdef void write_histogram(buf_t *b, const char *family, const char *labels, const hist_t *h) noexcept nogil:
     # The count is taken from the buckets, so that the lines agree with each other while the owner counts on.
-    cdef uint64_t seen = 0, total
+    cdef uint64_t seen = 0, total = h.sum
     cdef int i, k = LOW
-    cdef buf_t *b = &c.text
-    c.count = c.h.count
-    total = c.h.sum
-    b.used = 0
     for i in range(HIST_SIZE):
         while k <= HIGH and i == (k - 1) * HIST_SUB:
-            bucket_line(b, c.family, c.labels, BOUND_TEXT[k - LOW], seen)
+            bucket_line(b, family, labels, BOUND_TEXT[k - LOW], seen)
             k += 1
-        seen += c.h.counts[i]
-    bucket_line(b, c.family, c.labels, "+Inf", seen)
-    buf_str(b, c.family)
+        seen += h.counts[i]
+    bucket_line(b, family, labels, "+Inf", seen)
+    buf_str(b, family)
     buf_put(b, "_sum{", 5)
-    buf_str(b, c.labels)
+    buf_str(b, labels)
     buf_put(b, "} ", 2)
     buf_seconds(b, total)
     buf_put(b, "\n", 1)
-    buf_str(b, c.family)
+    buf_str(b, family)
     buf_put(b, "_count{", 7)
-    buf_str(b, c.labels)
+    buf_str(b, labels)
     buf_put(b, "} ", 2)
     buf_u64(b, seen)
     buf_put(b, "\n", 1)
-    c.valid = True
 
 
-cdef class _Histograms:
-    """The series of one histogram family."""
+cdef class _Family:
+    """The series of one family."""
 
     cdef bytes name
     cdef bytes head
-    cdef cache_t *items
+    cdef series_t *items
     cdef int n
     cdef int room
     cdef list keep            # (device, owner, labels) of each item
-    cdef bint only_live       # leave out series that never counted
-
-    def __cinit__(self, str name, str text, bint only_live=False):
-        self.name = name.encode()
-        self.head = f"# HELP {name} {text}\n# TYPE {name} histogram\n".encode()
-        self.keep = []
-        self.only_live = only_live
-
-    def __dealloc__(self):
-        cdef int i
-        for i in range(self.n):
-            free(self.items[i].text.p)
-        free(self.items)
-
-    cdef int add(self, str device, object owner, const hist_t *h, bytes labels) except -1:
-        cdef cache_t *grown
-        if self.n == self.room:
-            grown = <cache_t *>realloc(self.items, (self.room * 2 + 8) * sizeof(cache_t))
-            if grown == NULL:
-                raise MemoryError
-            self.items = grown
-            self.room = self.room * 2 + 8
-        memset(&self.items[self.n], 0, sizeof(cache_t))
-        self.items[self.n].h = h
-        self.items[self.n].labels = labels
-        self.items[self.n].family = self.name
-        self.keep.append((device, owner, labels))
-        self.n += 1
-        return 0
-
-    cdef int remove(self, str device) except -1:
-        cdef int i, kept = 0
-        keep = []
-        for i in range(self.n):
-            if self.keep[i][0] == device:
-                free(self.items[i].text.p)
-            else:
-                self.items[kept] = self.items[i]
-                keep.append(self.keep[i])
-                kept += 1
-        self.n = kept
-        self.keep = keep
-        return 0
-
-    cdef void render(self, buf_t *b) noexcept nogil:
-        cdef int i
-        cdef cache_t *c
-        for i in range(self.n):
-            c = &self.items[i]
-            if self.only_live and c.h.count == 0:
-                continue
-            if not c.valid or c.h.count != c.count:
-                render_histogram(c)
-            buf_put(b, c.text.p, c.text.used)
-
-
-cdef class _Counters:
-    """The series of one counter or gauge family."""
-
-    cdef bytes name
-    cdef bytes head
-    cdef counter_t *items
-    cdef int n
-    cdef int room
-    cdef list keep
     cdef bint age             # the values are times of CLOCK_MONOTONIC: print how long ago
+    cdef bint only_live       # leave out histograms that never counted
 
-    def __cinit__(self, str name, str kind, str text, bint age=False):
+    def __cinit__(self, str name, str kind, str text, *, bint age=False, bint only_live=False):
         self.name = name.encode()
         self.head = f"# HELP {name} {text}\n# TYPE {name} {kind}\n".encode()
         self.keep = []
         self.age = age
+        self.only_live = only_live
 
     def __dealloc__(self):
         free(self.items)
 
-    cdef int add(self, str device, object owner, const uint64_t *value, bytes labels) except -1:
-        cdef counter_t *grown
+    cdef int add(self, str device, object owner, const uint64_t *value, const hist_t *h, bytes labels) except -1:
+        cdef series_t *grown
         if self.n == self.room:
-            grown = <counter_t *>realloc(self.items, (self.room * 2 + 8) * sizeof(counter_t))
+            grown = <series_t *>realloc(self.items, (self.room * 2 + 8) * sizeof(series_t))
             if grown == NULL:
                 raise MemoryError
             self.items = grown
             self.room = self.room * 2 + 8
+        memset(&self.items[self.n], 0, sizeof(series_t))
         self.items[self.n].value = value
+        self.items[self.n].h = h
         self.items[self.n].labels = labels
         self.keep.append((device, owner, labels))
         self.n += 1
@@ -262,20 +198,80 @@ cdef class _Counters:
         self.keep = keep
         return 0
 
-    cdef void render(self, buf_t *b, const char *name, uint64_t now) noexcept nogil:
+    cdef void forget(self) noexcept nogil:
+        """No series has a text in the document."""
         cdef int i
-        cdef uint64_t value
         for i in range(self.n):
-            value = self.items[i].value[0]
-            buf_str(b, name)
-            buf_put(b, "{", 1)
-            buf_str(b, self.items[i].labels)
-            buf_put(b, "} ", 2)
-            if self.age:
-                buf_seconds(b, now - value if value and now > value else 0)
+            self.items[i].valid = False
+
+    cdef bint moved(self, const series_t *s) noexcept nogil:
+        """Whether the text of ``s`` in the document is not true any more. An age is another each time, unless 0."""
+        cdef uint64_t value = s.h.count if s.h != NULL else s.value[0]
+        return not s.valid or value != s.seen or (self.age and value != 0)
+
+    cdef void write(self, buf_t *b, series_t *s, const char *name, uint64_t now) noexcept nogil:
+        if s.h != NULL:
+            s.seen = s.h.count
+            if s.seen or not self.only_live:
+                write_histogram(b, name, s.labels, s.h)
+            return
+        s.seen = s.value[0]
+        buf_str(b, name)
+        buf_put(b, "{", 1)
+        buf_str(b, s.labels)
+        buf_put(b, "} ", 2)
+        if self.age:
+            buf_seconds(b, now - s.seen if s.seen and now > s.seen else 0)
+        else:
+            buf_u64(b, s.seen)
+        buf_put(b, "\n", 1)
+
+    cdef bint patch(self, buf_t *document, buf_t *scratch, const char *name, uint64_t now) noexcept nogil:
+        """Write what moved over its old text. False when one has another length now: the document has to be built."""
+        cdef int i
+        cdef series_t *s
+        for i in range(self.n):
+            s = &self.items[i]
+            if self.moved(s):
+                scratch.used = 0
+                self.write(scratch, s, name, now)
+                if not s.valid or scratch.used != s.length or scratch.full:
+                    s.valid = False
+                    return False
+                memcpy(document.p + s.at, scratch.p, s.length)
+        return True
+
+    cdef void build(self, buf_t *document, const buf_t *last, const char *name, uint64_t now) noexcept nogil:
+        cdef int i
+        cdef size_t start
+        cdef series_t *s
+        for i in range(self.n):
+            s = &self.items[i]
+            start = document.used
+            if self.moved(s):
+                self.write(document, s, name, now)
             else:
-                buf_u64(b, value)
-            buf_put(b, "\n", 1)
+                buf_put(document, last.p + s.at, s.length)
+            s.at = start
+            s.length = document.used - start
+            s.valid = True
+
+
+cdef class _Document:
+    """The text, as a read-only buffer. It does not change while somebody has a view of it."""
+
+    cdef buf_t text
+    cdef int views
+
+    def __dealloc__(self):
+        free(self.text.p)
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        PyBuffer_FillInfo(view, self, self.text.p, self.text.used, True, flags)
+        self.views += 1
+
+    def __releasebuffer__(self, Py_buffer *view):
+        self.views -= 1
 
 
 def _escape(str value):
@@ -291,36 +287,44 @@ cdef class HotText:
 
     cdef list counters
     cdef list histograms
-    cdef _Counters oldest
+    cdef _Family oldest
+    cdef _Document document
+    cdef buf_t scratch
+    cdef bint torn            # series went: the places in the document are not those of the text any more
     cdef object lock
 
     def __cinit__(self):
         self.lock = threading.Lock()
-        self.counters = [_Counters(*family) for family in COUNTER_FAMILIES]
-        self.histograms = [_Histograms(name, text, name == "hcd_doorbell_ring_seconds")
+        self.counters = [_Family(*family) for family in COUNTER_FAMILIES]
+        self.histograms = [_Family(name, "histogram", text, only_live=name == "hcd_doorbell_ring_seconds")
                            for name, text in HISTOGRAM_FAMILIES]
-        self.oldest = _Counters(*OLDEST_FAMILY, age=True)
+        self.oldest = _Family(*OLDEST_FAMILY, age=True)
+        self.document = _Document()
+        self.torn = True
+
+    def __dealloc__(self):
+        free(self.scratch.p)
 
     def add_doorbell(self, str device, str queue, str path, DoorbellStats stats):
         """Export ``stats`` under the labels given. A later call with the same labels adds a second series: don't."""
         labels = _labels(device=device, queue=queue, path=path)
         with self.lock:
-            (<_Counters>self.counters[F_RINGS]).add(device, stats, &stats.rings, labels)
-            (<_Counters>self.counters[F_WAKEUPS]).add(device, stats, &stats.wakeups, labels)
-            (<_Histograms>self.histograms[H_DISPATCH]).add(device, stats, &stats.c_dispatch, labels)
-            (<_Histograms>self.histograms[H_RESPONSE]).add(device, stats, &stats.c_response, labels)
-            (<_Histograms>self.histograms[H_RING]).add(device, stats, &stats.c_ring, labels)
+            self._family(F_RINGS).add(device, stats, &stats.rings, NULL, labels)
+            self._family(F_WAKEUPS).add(device, stats, &stats.wakeups, NULL, labels)
+            self._histogram(H_DISPATCH).add(device, stats, NULL, &stats.c_dispatch, labels)
+            self._histogram(H_RESPONSE).add(device, stats, NULL, &stats.c_response, labels)
+            self._histogram(H_RING).add(device, stats, NULL, &stats.c_ring, labels)
 
     def add_queue(self, str device, str queue, QueueStats stats):
         cdef int op, status
         with self.lock:
             for op, name in enumerate(stats.operations):
                 for status in range(STATUSES):
-                    (<_Counters>self.counters[F_REQUESTS]).add(
-                        device, stats, &stats.c.requests[op * STATUSES + status],
+                    self._family(F_REQUESTS).add(
+                        device, stats, &stats.c.requests[op * STATUSES + status], NULL,
                         _labels(device=device, queue=queue, op=name, status=STATUS_NAMES[status]))
-                (<_Histograms>self.histograms[H_LATENCY]).add(
-                    device, stats, &stats.latencies[op], _labels(device=device, queue=queue, op=name))
+                self._histogram(H_LATENCY).add(
+                    device, stats, NULL, &stats.latencies[op], _labels(device=device, queue=queue, op=name))
             self._count(device, queue, stats, F_FOUND, "by", "ring", &stats.c.found_ring)
             self._count(device, queue, stats, F_FOUND, "by", "poll", &stats.c.found_poll)
             self._count(device, queue, stats, F_BYTES, "direction", "from_guest", &stats.c.from_guest)
@@ -330,8 +334,8 @@ cdef class HotText:
             self._count(device, queue, stats, F_INTERRUPTS, "outcome", "pending", &stats.c.pending)
             self._count(device, queue, stats, F_INTERRUPTS, "outcome", "absent", &stats.c.absent)
             labels = _labels(device=device, queue=queue)
-            (<_Counters>self.counters[F_INFLIGHT]).add(device, stats, &stats.c.inflight, labels)
-            self.oldest.add(device, stats, &stats.c.oldest, labels)
+            self._family(F_INFLIGHT).add(device, stats, &stats.c.inflight, NULL, labels)
+            self.oldest.add(device, stats, &stats.c.oldest, NULL, labels)
 
     def add_interrupt(self, str device, str interrupt, InterruptStats stats):
         """Export ``stats``; the interrupt's name stands as the queue."""
@@ -343,37 +347,60 @@ cdef class HotText:
     cdef int _count(self, str device, str queue, object stats, int family, str label, str value,
                     const uint64_t *counter) except -1:
         labels = _labels(**{"device": device, "queue": queue, label: value})
-        return (<_Counters>self.counters[family]).add(device, stats, counter, labels)
+        return self._family(family).add(device, stats, counter, NULL, labels)
+
+    cdef _Family _family(self, int index):
+        return self.counters[index]
+
+    cdef _Family _histogram(self, int index):
+        return self.histograms[index]
 
     def remove_device(self, str device):
-        cdef _Counters c
-        cdef _Histograms h
+        cdef _Family family
         with self.lock:
-            for c in self.counters:
-                c.remove(device)
-            for h in self.histograms:
-                h.remove(device)
-            self.oldest.remove(device)
+            self.torn = True
+            for family in self._families():
+                family.remove(device)
+
+    def _families(self):
+        return [*self.counters, self.oldest, *self.histograms]
 
     def render(self):
-        """The hot families: HELP and TYPE of each, then its series."""
-        cdef buf_t b
-        cdef _Counters c
-        cdef _Histograms h
-        cdef const char *name
+        """The hot families, HELP and TYPE of each and then its series, as a view of the document: release it soon.
+        While it is held, the document stays as it is and another one is made for whoever asks."""
         cdef uint64_t now = hcd_now()
-        memset(&b, 0, sizeof(b))
         with self.lock:
-            for c in [*self.counters, self.oldest]:
-                buf_put(&b, c.head, len(c.head))
-                name = c.name
-                with nogil:
-                    c.render(&b, name, now)
-            for h in self.histograms:
-                buf_put(&b, h.head, len(h.head))
-                with nogil:
-                    h.render(&b)
-        try:
-            return PyBytes_FromStringAndSize(b.p, b.used)
-        finally:
-            free(b.p)
+            if self.torn or self.document.views or not self._patch(now):
+                self._build(now)
+            return memoryview(self.document)
+
+    cdef bint _patch(self, uint64_t now) except -1:
+        cdef _Family family
+        cdef const char *name
+        cdef bint fits
+        for family in self._families():
+            name = family.name
+            with nogil:
+                fits = family.patch(&self.document.text, &self.scratch, name, now)
+            if not fits:
+                return False
+        return True
+
+    cdef int _build(self, uint64_t now) except -1:
+        cdef _Family family
+        cdef const char *name
+        cdef _Document made = _Document()
+        self.torn = True      # until it is done: what follows may fail for want of memory
+        buf_room(&made.text, self.document.text.used + self.document.text.used // 16)
+        for family in self._families():
+            buf_put(&made.text, family.head, len(family.head))
+            name = family.name
+            with nogil:
+                family.build(&made.text, &self.document.text, name, now)
+        if made.text.full:
+            for family in self._families():
+                family.forget()
+            raise MemoryError("no memory for the text of the metrics")
+        self.document = made
+        self.torn = False
+        return 0

@@ -6,7 +6,7 @@ behind. A histogram keeps four sub-buckets per power of two: a quantile is at mo
 two alone, 2**10 to 2**30 ns (about 1 us to 1 s): those bounds are exact, and a scrape stays readable.
 """
 
-from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.buffer cimport PyBuffer_FillInfo
 from libc.stdint cimport uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, realloc

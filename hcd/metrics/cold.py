@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import platform
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -16,7 +17,7 @@ from hcd.metrics.names import BY_NAME
 from hcd.metrics.own import Counting, OwnCollector
 from hcd.version import VERSION
 
-__all__ = ["ColdCollector", "HostView", "Renderer", "cold_registry"]
+__all__ = ["ColdCollector", "ColdText", "HostView", "Renderer"]
 
 
 class HostView(Counting, Protocol):
@@ -39,7 +40,11 @@ class HostView(Counting, Protocol):
 class HotSource(Protocol):
     """What the metrics need from :class:`hcd.dataplane.stats.HotText`."""
 
-    def render(self) -> bytes: ...
+    def render(self) -> memoryview: ...
+
+
+#: of one family: the values of the labels, and the value, of each series
+Samples = Sequence[tuple[Sequence[str], float]]
 
 
 class ColdCollector(Collector):
@@ -50,76 +55,87 @@ class ColdCollector(Collector):
         self._doorbells = doorbells
 
     def collect(self) -> Iterator[Metric]:
-        yield self._doorbell_info()
-        yield self._doorbell_registered()
-        yield self._per_host("hcd_connected", lambda host: host.connected)
-        yield self._per_host("hcd_protocol_errors_total", lambda host: host.protocol_errors)
-        yield self._per_host("hcd_guest_errors_total", lambda host: host.guest_errors)
-        yield self._per_host("hcd_handler_errors_total", lambda host: host.handler_errors)
-        yield self._per_host("hcd_slow_steps_total", lambda host: host.slow_steps)
-        yield self._per_host("hcd_path_conflicts", lambda host: host.path_conflict)
-        yield self._path_costs()
-        build = _family("hcd_build_info")
-        build.add_metric([VERSION, platform.python_version()], 1)
-        yield build
+        return (_family(name, samples) for name, samples in self.samples())
 
-    def _doorbell_info(self) -> Metric:
-        family = _family("hcd_doorbell_info")
-        for bell in self._doorbells:
-            labels = [
-                bell.device,
-                bell.queue,
-                bell.path,
-                bell.source,
-                bell.kind,
-                bell.transport,
-                bell.address,
-            ]
-            family.add_metric(labels, 1)
-        return family
+    def samples(self) -> Iterator[tuple[str, Samples]]:
+        """Every family with what it says now."""
+        bells = list(self._doorbells)
+        yield "hcd_doorbell_info", [(labels, 1) for labels in map(_INFO_LABELS, bells)]
+        yield "hcd_doorbell_registered", _registered(bells)
+        yield "hcd_connected", self._per_host(lambda host: host.connected)
+        yield "hcd_protocol_errors_total", self._per_host(lambda host: host.protocol_errors)
+        yield "hcd_guest_errors_total", self._per_host(lambda host: host.guest_errors)
+        yield "hcd_handler_errors_total", self._per_host(lambda host: host.handler_errors)
+        yield "hcd_slow_steps_total", self._per_host(lambda host: host.slow_steps)
+        yield "hcd_path_conflicts", self._per_host(lambda host: host.path_conflict)
+        # Read at each scrape: the experiment may run beside a daemon.
+        yield "hcd_path_cost_seconds", sorted(load_saved().items())
+        yield "hcd_build_info", [((VERSION, platform.python_version()), 1)]
 
-    def _doorbell_registered(self) -> Metric:
-        family = _family("hcd_doorbell_registered")
-        for bell in self._doorbells:
-            if bell.source is PathSource.REGISTERED:
-                family.add_metric([bell.device, bell.queue, bell.path], int(bool(bell.registered)))
-        return family
+    def _per_host(self, value: Callable[[HostView], int]) -> Samples:
+        return [((host.spec.name,), int(value(host))) for host in self._hosts]
 
-    def _path_costs(self) -> Metric:
-        """Read at each scrape: the experiment may run beside a daemon."""
-        family = _family("hcd_path_cost_seconds")
-        for labels, seconds in sorted(load_saved().items()):
-            family.add_metric(labels, seconds)
-        return family
 
-    def _per_host(self, name: str, value: Callable[[HostView], int]) -> Metric:
-        family = _family(name)
-        for host in self._hosts:
-            family.add_metric([host.spec.name], int(value(host)))
-        return family
+class ColdText:
+    """The text of the cold families; that of a family is made again only when its samples are other ones.
+
+    prometheus_client takes milliseconds for the doorbells of 64 devices, with the GIL held against the handlers.
+    """
+
+    def __init__(self, collector: ColdCollector) -> None:
+        self._collector = collector
+        self._made: dict[str, tuple[Samples, bytes]] = {}
+        self._process = CollectorRegistry(auto_describe=False)
+        ProcessCollector(registry=self._process)
+
+    def render(self) -> bytes:
+        texts = [self._text(name, samples) for name, samples in self._collector.samples()]
+        return b"".join([*texts, generate_latest(self._process)])
+
+    def _text(self, name: str, samples: Samples) -> bytes:
+        made = self._made.get(name)
+        if made is None or made[0] != samples:
+            made = self._made[name] = samples, generate_latest(_One(_family(name, samples)))
+        return made[1]
+
+
+class _One(CollectorRegistry):
+    """A registry of one family. One of its own for each: two daemons in one process must not meet in the global one."""
+
+    def __init__(self, family: Metric) -> None:
+        super().__init__(auto_describe=False)
+        self._family = family
+
+    def collect(self) -> Iterator[Metric]:
+        yield self._family
 
 
 class Renderer:
-    """The whole text of /metrics: the hot families as the data plane renders them, then the cold ones."""
+    """The whole text of /metrics, in pieces: the hot families as the data plane keeps them, then the cold ones."""
 
-    def __init__(self, hot: HotSource, cold: CollectorRegistry) -> None:
+    def __init__(self, hot: HotSource, hosts: Collection[HostView], doorbells: Iterable[Doorbell]) -> None:
         self._hot = hot
-        self._cold = cold
+        self._cold = ColdText(ColdCollector(hosts, doorbells))
 
-    def __call__(self) -> bytes:
-        return self._hot.render() + generate_latest(self._cold)
-
-
-def cold_registry(hosts: Collection[HostView], doorbells: Iterable[Doorbell]) -> CollectorRegistry:
-    """A registry of its own: two daemons in one process must not meet in prometheus_client's global one."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(ColdCollector(hosts, doorbells))
-    registry.register(OwnCollector(hosts))
-    ProcessCollector(registry=registry)
-    return registry
+    def __call__(self) -> Sequence[bytes | memoryview]:
+        return self._hot.render(), self._cold.render()
 
 
-def _family(name: str) -> CounterMetricFamily | GaugeMetricFamily:
+_INFO_LABELS: Callable[[Doorbell], tuple[str, ...]] = operator.attrgetter(*BY_NAME["hcd_doorbell_info"].labels)
+
+
+def _registered(bells: Iterable[Doorbell]) -> Samples:
+    return [
+        ((bell.device, bell.queue, bell.path), int(bool(bell.registered)))
+        for bell in bells
+        if bell.source is PathSource.REGISTERED
+    ]
+
+
+def _family(name: str, samples: Samples) -> Metric:
     declared = BY_NAME[name]
     make = CounterMetricFamily if declared.type == "counter" else GaugeMetricFamily
-    return make(declared.name, declared.help, labels=declared.labels)
+    family = make(declared.name, declared.help, labels=declared.labels)
+    for labels, value in samples:
+        family.add_metric(labels, value)
+    return family

@@ -248,8 +248,8 @@ class ServedDevice:
 
     def metrics(self) -> Metrics:
         """What /metrics of a daemon with this device would say now."""
-        render = cold.Renderer(self._hot, cold.cold_registry([self.host], self._registry))
-        return Metrics(render().decode())
+        render = cold.Renderer(self._hot, [self.host], self._registry)
+        return Metrics(b"".join(render()).decode())
 
 
 def leaves(error: BaseException) -> Sequence[BaseException]:
