@@ -84,3 +84,53 @@ def test_too_many_operations() -> None:
     """Operations are labels: a device names a few."""
     with pytest.raises(ValueError, match="1 to 16"):
         QueueStats([str(i) for i in range(17)])
+
+
+def changes(stats: DoorbellStats, queue: QueueStats, times: int) -> None:
+    for _ in range(times):
+        stats.rings += 1
+        stats.response.observe(stats.rings * 700)
+        queue.latency(0).observe(stats.rings * 90)
+
+
+def fresh(*series: tuple[str, DoorbellStats, QueueStats]) -> bytes:
+    """The text of somebody who renders for the first time."""
+    text = HotText()
+    for device, doorbell, queue in series:
+        text.add_doorbell(device, "0", "pio", doorbell)
+        text.add_queue(device, "0", queue)
+    return bytes(text.render())
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 120)), max_size=12))
+def test_a_patched_document_is_what_a_new_one_would_be(steps: list[tuple[str, int]]) -> None:
+    """Whether texts keep their length or not, grow a digit, or a device comes and goes in between."""
+    text = HotText()
+    kept = {name: (DoorbellStats(), QueueStats(("read", "write"))) for name in "ab"}
+    there: list[str] = []
+    for name, times in steps:
+        if name in there and times % 7 == 3:
+            text.remove_device(name)
+            there.remove(name)
+        elif name not in there:
+            text.add_doorbell(name, "0", "pio", kept[name][0])
+            text.add_queue(name, "0", kept[name][1])
+            there.append(name)
+        changes(*kept[name], times)
+        assert bytes(text.render()) == fresh(*((one, *kept[one]) for one in there))
+
+
+def test_a_document_in_somebodys_hands_does_not_change() -> None:
+    """A slow scraper gets the text of its scrape, whatever is counted and whoever scrapes meanwhile."""
+    doorbell, text = DoorbellStats(), HotText()
+    text.add_doorbell("d", "0", "pio", doorbell)
+    doorbell.rings = 1
+    held = text.render()
+    before = bytes(held)
+    doorbell.rings = 2
+    other = text.render()
+    assert bytes(held) == before
+    assert bytes(other) != before
+    text.remove_device("d")
+    assert b'device="d"' not in bytes(text.render())
+    assert bytes(held) == before

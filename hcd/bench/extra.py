@@ -44,26 +44,28 @@ class Context:
     back: int
     _count: int = 0
 
-    def daemon(self, devices: Callable[[Path], str], *, plugins: Path | None = None) -> AbstractContextManager[Daemon]:
+    def daemon(
+        self, devices: Callable[[Path], str], *, plugins: Path | None = None, metrics_port: int | None = None
+    ) -> AbstractContextManager[Daemon]:
         """hcd with a configuration, in a directory of its own. ``devices`` gets that directory; ``plugins`` is put in
-        front of Python's path."""
+        front of Python's path; /metrics is on a unix socket, or on ``metrics_port`` of 127.0.0.1."""
         self._count += 1
         directory = self.directory / f"d{self._count}"
         directory.mkdir()
-        return Daemon(directory, devices(directory), self.back, plugins)
+        return Daemon(directory, devices(directory), self.back, plugins, metrics_port)
 
 
 class Daemon:
     """A running hcd. ``directory`` has its sockets and its log."""
 
-    def __init__(self, directory: Path, devices: str, cpu: int, plugins: Path | None) -> None:
+    def __init__(self, directory: Path, devices: str, cpu: int, plugins: Path | None, metrics_port: int | None) -> None:
         self.directory = directory
         before = os.environ.get("PYTHONPATH")
         if plugins is not None:
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(plugins), before]))
         try:
             with backends.pin(cpu):
-                self.process = HcdProcess.from_config(directory, devices)
+                self.process = HcdProcess.from_config(directory, devices, metrics_port=metrics_port)
         finally:
             if plugins is not None:
                 del os.environ["PYTHONPATH"]

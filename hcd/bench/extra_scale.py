@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from hcd.bench import blk
@@ -30,14 +30,15 @@ def scraper(context: Context) -> Sequence[Measured]:
     quiet: list[blk.BlkResult] = []
     scraped: list[blk.BlkResult] = []
     found: list[dict[str, Any]] = []
-    with context.daemon(disks) as hcd:
+    port = _free_port()
+    with context.daemon(disks, metrics_port=port) as hcd:
         _touch_all(hcd)
         others = [i for i in range(DEVICES) if i]
         with connected(hcd.directory, others):
             case = blk.BlkCase(f"{hcd.directory}/d0.sock", seconds=max(1.0, context.seconds))
             for _ in range(context.rounds):
                 quiet.append(blk.run(case))
-                with _scraping(hcd.directory / "metrics.sock", found):
+                with _scraping(port, found):
                     scraped.append(blk.run(case))
     cost = 1 - statistics.median(b.per_second / a.per_second for a, b in zip(quiet, scraped, strict=True))
     tail = statistics.median(b.p99 / a.p99 for a, b in zip(quiet, scraped, strict=True))
@@ -53,6 +54,11 @@ def scraper(context: Context) -> Sequence[Measured]:
     ]
 
 
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
 def _touch_all(hcd: Daemon) -> None:
     """Every queue of every device has served requests, so that no histogram is empty."""
     for i in range(DEVICES):
@@ -60,10 +66,10 @@ def _touch_all(hcd: Daemon) -> None:
 
 
 @contextlib.contextmanager
-def _scraping(socket: Path, found: list[dict[str, Any]]) -> Iterator[None]:
+def _scraping(port: int, found: list[dict[str, Any]]) -> Iterator[None]:
     """A process of its own on this process' processor; what it found goes to ``found``."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "hcd.bench.scraper", str(socket)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-m", "hcd.bench.scraper", str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     try:
         assert process.stdout is not None

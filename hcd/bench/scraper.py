@@ -1,4 +1,4 @@
-"""``python -m hcd.bench.scraper SOCKET``: reads /metrics ten times a second until standard input ends.
+"""``python -m hcd.bench.scraper PORT``: reads /metrics of 127.0.0.1 ten times a second until standard input ends.
 
 Prints an empty line after the first scrape; at the end, as JSON, how long each took in seconds, its own processor
 seconds per scrape and the bytes of the last one. It reads and throws away: parsing is paid for by Prometheus.
@@ -17,15 +17,13 @@ REQUEST = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\
 OK = b"HTTP/1.1 200"
 
 
-def scrape(path: str, buffer: bytearray) -> int:
+def scrape(port: int, buffer: bytearray) -> int:
     """One scrape; the bytes of the answer. ConnectionError unless the status is 200."""
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(10)
-        sock.connect(path)
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
         sock.sendall(REQUEST)
         total = got = sock.recv_into(buffer)
         if not buffer.startswith(OK):
-            raise ConnectionError(f"{path} answered {bytes(buffer[:80])!r}")
+            raise ConnectionError(f"port {port} answered {bytes(buffer[:80])!r}")
         while got:
             got = sock.recv_into(buffer)
             total += got
@@ -35,12 +33,13 @@ def scrape(path: str, buffer: bytearray) -> int:
 def main() -> None:
     times: list[float] = []
     buffer = bytearray(1 << 20)
-    size = scrape(sys.argv[1], buffer)
+    port = int(sys.argv[1])
+    size = scrape(port, buffer)
     print(flush=True)
     due, spent = time.monotonic(), time.process_time()
     while not select.select([sys.stdin], [], [], max(0.0, due - time.monotonic()))[0]:
         began = time.monotonic()
-        size = scrape(sys.argv[1], buffer)
+        size = scrape(port, buffer)
         times.append(time.monotonic() - began)
         due += PERIOD
     print(json.dumps({"times": times, "cpu": (time.process_time() - spent) / max(1, len(times)), "bytes": size}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import platform
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Protocol
 
@@ -18,6 +19,10 @@ from hcd.metrics.own import Counting, OwnCollector
 from hcd.version import VERSION
 
 __all__ = ["ColdCollector", "ColdText", "HostView", "Renderer"]
+
+
+#: seconds
+PROCESS_AGE = 1.0
 
 
 class HostView(Counting, Protocol):
@@ -82,21 +87,38 @@ class ColdText:
     prometheus_client takes milliseconds for the doorbells of 64 devices, with the GIL held against the handlers.
     """
 
-    def __init__(self, collector: ColdCollector) -> None:
+    def __init__(self, collector: ColdCollector, own: OwnCollector) -> None:
         self._collector = collector
+        self._own = CollectorRegistry(auto_describe=False)
+        self._own.register(own)
         self._made: dict[str, tuple[Samples, bytes]] = {}
-        self._process = CollectorRegistry(auto_describe=False)
-        ProcessCollector(registry=self._process)
+        self._process = _ProcessText()
 
     def render(self) -> bytes:
         texts = [self._text(name, samples) for name, samples in self._collector.samples()]
-        return b"".join([*texts, generate_latest(self._process)])
+        return b"".join([*texts, generate_latest(self._own), self._process.render()])
 
     def _text(self, name: str, samples: Samples) -> bytes:
         made = self._made.get(name)
         if made is None or made[0] != samples:
             made = self._made[name] = samples, generate_latest(_One(_family(name, samples)))
         return made[1]
+
+
+class _ProcessText:
+    """The process_* families, at most ``PROCESS_AGE`` seconds old: counting a thousand descriptors takes a while."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry(auto_describe=False)
+        ProcessCollector(registry=self._registry)
+        self._text = b""
+        self._made = -PROCESS_AGE
+
+    def render(self) -> bytes:
+        now = time.monotonic()
+        if now - self._made >= PROCESS_AGE:
+            self._text, self._made = generate_latest(self._registry), now
+        return self._text
 
 
 class _One(CollectorRegistry):
@@ -115,7 +137,7 @@ class Renderer:
 
     def __init__(self, hot: HotSource, hosts: Collection[HostView], doorbells: Iterable[Doorbell]) -> None:
         self._hot = hot
-        self._cold = ColdText(ColdCollector(hosts, doorbells))
+        self._cold = ColdText(ColdCollector(hosts, doorbells), OwnCollector(hosts))
 
     def __call__(self) -> Sequence[bytes | memoryview]:
         return self._hot.render(), self._cold.render()
