@@ -6,6 +6,7 @@ import array
 import mmap
 import os
 import socket
+import time
 from collections.abc import Callable, Sequence
 
 from hcd_protocols.doorbell import (
@@ -27,6 +28,8 @@ from hcd_protocols.doorbell import (
     VmmEvent,
     Welcomed,
 )
+
+from hcd.dataplane import bell
 
 EVERYTHING = Capability(0xFF)
 Register = Callable[[Item], int]
@@ -158,3 +161,12 @@ class FakeVmm:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def measure_tsc() -> tuple[int, Callable[[], int]]:
+    """The rate of this machine's TSC in kHz, and a function that estimates its value now."""
+    begin, began = bell.tsc(), time.monotonic_ns()
+    while time.monotonic_ns() - began < 20_000_000:
+        pass
+    khz = (bell.tsc() - begin) * 1_000_000 // (time.monotonic_ns() - began)
+    return khz, bell.tsc

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import pytest
 import trio
-from fake_vmm import FakeVmm, Gone
+from fake_vmm import FakeVmm, Gone, measure_tsc
 from hcd_protocols.doorbell import DoorbellItem, Held, Item, Kind, Place, Reference, TableComplete
 
 from hcd.config import DeviceSpec
@@ -571,17 +571,6 @@ async def test_stamps_are_timed_by_the_clock_of_the_vmm(short_dir: Path) -> None
         assert observed.count == before + 3
         assert s.stats("d1").ring.count == 0
         assert 0 < observed.quantile(0.5) < 5e9
-
-
-def measure_tsc() -> tuple[int, Callable[[], int]]:
-    """The rate of this machine's TSC in kHz, and a function that estimates its value now."""
-    from hcd.dataplane import bell
-
-    begin, began = bell.tsc(), time.monotonic_ns()
-    while time.monotonic_ns() - began < 20_000_000:
-        pass
-    khz = (bell.tsc() - begin) * 1_000_000 // (time.monotonic_ns() - began)
-    return khz, bell.tsc
 
 
 async def test_the_device_sees_the_shared_memory(short_dir: Path) -> None:
