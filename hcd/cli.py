@@ -8,6 +8,7 @@ vhost-user.rst, "Backend program conventions".
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -32,6 +33,14 @@ EX_CONFIG = 78  # sysexits.h; lets a service manager tell a bad configuration fr
 
 _text = opt.for_argparse
 
+#: commands in modules of their own, imported when they are used
+_TOOLS = {
+    "lab": ("hcd.lab.cli", "measure what each path out of a guest costs here"),
+    "bench": ("hcd.bench.cli", "load a vhost-user back end (hcd bench --help)"),
+    "doctor": ("hcd.doctor.cli", "look why a guest does not get its device"),
+    "qemu-args": ("hcd.qemu.cli", "print QEMU's arguments for a configuration"),
+}
+
 _LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -40,12 +49,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         if argv and argv[0] == "device":
             return _device(argv[1:])
-        if argv and argv[0] == "lab":
-            return _lab(argv[1:])
-        if argv and argv[0] == "bench":
-            return _bench(argv[1:])
-        if argv and argv[0] == "qemu-args":
-            return _qemu_args(argv[1:])
+        if argv and argv[0] in _TOOLS:
+            return _tool(argv[0], argv[1:])
         arguments = _parser().parse_args(argv)
         run: Callable[[argparse.Namespace], int] = arguments.run
         return run(arguments)
@@ -101,9 +106,8 @@ def _parser() -> _Parser:
     new.set_defaults(run=_new_device)
     control_cli.register(commands)
     commands.add_parser("device", help="serve one device (hcd device TYPE --help)", add_help=False)
-    commands.add_parser("lab", help="measure what each path out of a guest costs here", add_help=False)
-    commands.add_parser("bench", help="load a vhost-user back end (hcd bench --help)", add_help=False)
-    commands.add_parser("qemu-args", help="print QEMU's arguments for a configuration", add_help=False)
+    for name, (_, text) in _TOOLS.items():
+        commands.add_parser(name, help=text, add_help=False)
     return parser
 
 
@@ -111,31 +115,21 @@ def _add_log_level(parser: argparse.ArgumentParser, default: str = "info") -> No
     parser.add_argument("--log-level", choices=_LEVELS, default=default, help=f"default {default}")
 
 
-# -- bench, lab
+# -- tools
 
 
-def _bench(argv: Sequence[str]) -> int:
-    from hcd.bench import cli as bench
-
-    parser = _Parser(prog="hcd bench", description=bench.DESCRIPTION, allow_abbrev=False)
-    bench.add_arguments(parser)
-    return bench.run(parser.parse_args(argv))
-
-
-def _lab(argv: Sequence[str]) -> int:
-    from hcd.lab import cli as lab
-
-    parser = _Parser(prog="hcd lab", description=lab.DESCRIPTION, allow_abbrev=False)
-    lab.add_arguments(parser)
-    return lab.run(parser.parse_args(argv))
-
-
-def _qemu_args(argv: Sequence[str]) -> int:
-    from hcd.qemu import cli as qemu
-
-    parser = _Parser(prog="hcd qemu-args", description=qemu.DESCRIPTION, allow_abbrev=False)
-    qemu.add_arguments(parser)
-    return qemu.run(parser.parse_args(argv))
+def _tool(name: str, words: Sequence[str]) -> int:
+    """A module with ``DESCRIPTION``, ``add_arguments`` and ``run``; "command" is what stands after "--"."""
+    module = importlib.import_module(_TOOLS[name][0])
+    argv, command = _split(words)
+    parser = _Parser(prog=f"hcd {name}", description=module.DESCRIPTION, allow_abbrev=False)
+    parser.set_defaults(command=command)
+    module.add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    if command and not getattr(module, "TAKES_COMMAND", False):
+        parser.error("it takes no command after --")
+    status: int = module.run(arguments)
+    return status
 
 
 # -- run, check

@@ -29,7 +29,19 @@ import trio
 from hcd.doorbell import Path
 from hcd.qmp_client import QmpClient, QmpError, QmpRefused, connect
 
-__all__ = ["DeviceFacts", "PathAnswer", "ask", "find_path", "netdev_chardevs", "path_of"]
+__all__ = [
+    "DeviceFacts",
+    "PathAnswer",
+    "ask",
+    "chardev_of",
+    "children",
+    "devices",
+    "find_path",
+    "get",
+    "is_at",
+    "netdev_chardevs",
+    "path_of",
+]
 
 TIMEOUT = 10.0
 VIRTIO_F_VERSION_1 = 1 << 32
@@ -122,8 +134,8 @@ async def ask(qmp_socket: str, listening_path: str) -> DeviceFacts:
             raise QmpError(f"QEMU has no chardev that is connected to {listening_path}")
         found = [
             await _facts(qmp, path, type_)
-            for path, type_ in await _devices(qmp)
-            if await _chardev_of(qmp, path) in labels
+            for path, type_ in await devices(qmp)
+            if await chardev_of(qmp, path) in labels
         ]
     if not found:
         raise QmpError(f"no device of QEMU uses chardev {', '.join(sorted(labels))}")
@@ -136,7 +148,7 @@ async def ask(qmp_socket: str, listening_path: str) -> DeviceFacts:
 # -- the questions
 
 
-async def _get(qmp: QmpClient, path: str, property_: str) -> Any:
+async def get(qmp: QmpClient, path: str, property_: str) -> Any:
     """A QOM property; None where the object has no such property."""
     try:
         return await qmp.execute("qom-get", path=path, property=property_)
@@ -144,7 +156,7 @@ async def _get(qmp: QmpClient, path: str, property_: str) -> Any:
         return None
 
 
-async def _children(qmp: QmpClient, path: str) -> list[tuple[str, str]]:
+async def children(qmp: QmpClient, path: str) -> list[tuple[str, str]]:
     """(path, type) of what stands under ``path``; nothing where there is no such object."""
     try:
         listed = await qmp.execute("qom-list", path=path)
@@ -161,13 +173,13 @@ async def _chardevs_at(qmp: QmpClient, listening_path: str) -> set[str]:
     """Labels of the chardevs whose far end is ``listening_path``."""
     directory = qmp.peer_directory()
     labels = set()
-    for path, type_ in await _children(qmp, "/chardevs"):
-        if type_ == "chardev-socket" and _is_at(await _get(qmp, path, "addr"), listening_path, directory):
+    for path, type_ in await children(qmp, "/chardevs"):
+        if type_ == "chardev-socket" and is_at(await get(qmp, path, "addr"), listening_path, directory):
             labels.add(path.rpartition("/")[2])
     return labels
 
 
-def _is_at(address: object, listening_path: str, directory: str) -> bool:
+def is_at(address: object, listening_path: str, directory: str) -> bool:
     """Whether a SocketAddress of QEMU, whose relative paths start in ``directory``, means our socket."""
     if not isinstance(address, dict) or address.get("type") != "unix":
         return False
@@ -190,14 +202,15 @@ def _same_file(path: str, ours: str, directory: str) -> bool:
     return ours.endswith("/" + os.path.normpath(path))
 
 
-async def _devices(qmp: QmpClient) -> list[tuple[str, str]]:
-    return [child for container in _CONTAINERS for child in await _children(qmp, container)]
+async def devices(qmp: QmpClient) -> list[tuple[str, str]]:
+    """(path, type) of every device that was plugged in by the user."""
+    return [child for container in _CONTAINERS for child in await children(qmp, container)]
 
 
-async def _chardev_of(qmp: QmpClient, path: str) -> str | None:
+async def chardev_of(qmp: QmpClient, path: str) -> str | None:
     """The label of the chardev that a device uses, directly or through its netdev."""
-    label = await _get(qmp, path, "chardev")
-    if label is None and (netdev := await _get(qmp, path, "netdev")):
+    label = await get(qmp, path, "chardev")
+    if label is None and (netdev := await get(qmp, path, "netdev")):
         text = await qmp.execute("human-monitor-command", **{"command-line": "info network"})
         label = netdev_chardevs(str(text)).get(str(netdev))
     return str(label) if label else None
@@ -209,9 +222,9 @@ def netdev_chardevs(info_network: str) -> dict[str, str]:
 
 
 async def _facts(qmp: QmpClient, path: str, type_: str) -> DeviceFacts:
-    bus = await _get(qmp, path, "parent_bus")
-    bus_type = await _get(qmp, bus, "type") if isinstance(bus, str) else None
-    notify = await _get(qmp, path, "modern-pio-notify")
+    bus = await get(qmp, path, "parent_bus")
+    bus_type = await get(qmp, bus, "type") if isinstance(bus, str) else None
+    notify = await get(qmp, path, "modern-pio-notify")
     target = await qmp.execute("query-target")
     arch = target.get("arch") if isinstance(target, dict) else None
     return DeviceFacts(

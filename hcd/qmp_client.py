@@ -59,11 +59,18 @@ class QmpClient:
             if "event" not in message:
                 raise QmpError("QEMU sent something that is neither an answer nor an event")
 
+    def peer_pid(self) -> int:
+        """The process that made the socket; 0 where it is not visible."""
+        try:
+            raw = self._stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        except OSError:
+            return 0
+        return int(struct.unpack("3i", raw)[0])
+
     def peer_directory(self) -> str:
         """Where QEMU's relative paths start: its working directory; "" where that cannot be seen."""
         try:
-            raw = self._stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-            return os.readlink(f"/proc/{struct.unpack('3i', raw)[0]}/cwd")
+            return os.readlink(f"/proc/{self.peer_pid()}/cwd")
         except OSError:
             return ""
 
