@@ -215,7 +215,8 @@ def _usage(option: Option) -> str:
 
 
 def _help(option: Option) -> str:
-    shown = "" if option.default in (None, False, "") else f" (default {option.default})"
+    default = " ".join(option.default) if isinstance(option.default, tuple) else option.default
+    shown = "" if default in (None, False, "") else f" (default {default})"
     return f"{option.help}{shown}"
 
 
@@ -334,11 +335,13 @@ def _device_parser(type_name: str, cls: type[DeviceBase], captive: bool = False)
 
 def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
     bare: dict[str, Any] = {"nargs": "?", "const": True} if option.kind == "bool" else {}
+    if option.kind == "list":
+        bare = {"action": "extend"}
     group.add_argument(
         f"--{option.name}",
         dest=f"option {option.key}",  # apart from our own names
         type=_text(lambda text: opt.from_text(option, text)),
-        default=option.default,
+        default=None if option.kind == "list" else option.default,  # to a default the items would be added
         metavar=option.kind.upper(),
         help=_help(option).replace("%", "%%"),
         **bare,
@@ -360,11 +363,17 @@ def _device_config(type_name: str, cls: type[DeviceBase], arguments: argparse.Na
         path=arguments.path,
         bus=arguments.bus,
         qmp=arguments.qmp,
-        options={option.key: given[f"option {option.key}"] for option in cls.options},
+        options={option.key: _given(option, given[f"option {option.key}"]) for option in cls.options},
         wrap=tuple(arguments.wrap),
     )
     control = None if arguments.control is None else ControlSpec(arguments.control)
     return DaemonConfig((spec,), arguments.metrics, arguments.poll_us, arguments.drain_timeout, control)
+
+
+def _given(option: Option, value: Any) -> Any:
+    if option.kind != "list":
+        return value
+    return option.default if value is None else tuple(value)
 
 
 def _fd(text: str) -> int:

@@ -74,7 +74,8 @@ class Option:
     """One option of a device, as ``[device.options]`` in the configuration and as ``--name`` on the command line.
 
     ``kind`` is one of ``str``, ``path``, ``int``, ``bool``, ``size`` (bytes; "64M" and "1G" are understood),
-    ``fd`` (an inherited file descriptor number), ``float``. ``choices`` restricts a ``str``; ``minimum`` and
+    ``fd`` (an inherited file descriptor number), ``float``, ``list`` (a tuple of strings; on the command line the
+    option is given once for each). ``choices`` restricts a ``str``; ``minimum`` and
     ``maximum`` bound the numbers. ``default`` is None for an option that is absent unless given.
     """
 

@@ -30,7 +30,7 @@ __all__ = [
     "shown",
 ]
 
-KINDS = ("str", "path", "int", "bool", "size", "fd", "float")
+KINDS = ("str", "path", "int", "bool", "size", "fd", "float", "list")
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _TRUE = ("on", "yes", "true", "1")
@@ -43,6 +43,7 @@ _NOUNS = {
     "size": 'a size in bytes such as 4096, "64M" or "1G"',
     "fd": "the number of an inherited file descriptor",
     "float": "a number",
+    "list": "a string, or a list of strings",
 }
 
 
@@ -52,6 +53,8 @@ def from_toml(option: Option, value: object) -> Any:
     kind = option.kind
     if kind in ("str", "path"):
         result: Any = value if isinstance(value, str) else None
+    elif kind == "list":
+        result = _as_list(value)
     elif kind == "bool":
         result = value if isinstance(value, bool) else None
     elif kind == "size" and isinstance(value, str):
@@ -66,10 +69,15 @@ def from_toml(option: Option, value: object) -> Any:
 
 
 def from_text(option: Option, text: str) -> Any:
-    """The value of ``option`` from one command-line string. ValueError as for :func:`from_toml`."""
+    """The value of ``option`` from one command-line string. ValueError as for :func:`from_toml`.
+
+    A list is given by the option once for each item: this is the tuple of one.
+    """
     kind = option.kind
     if kind in ("str", "path"):
         result: Any = text
+    elif kind == "list":
+        result = _as_list(text)
     elif kind == "bool":
         result = True if text.lower() in _TRUE else False if text.lower() in _FALSE else None
     elif kind == "size":
@@ -132,6 +140,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f'; did you mean "{close[0]}"?' if close else ""
 
 
+def _as_list(value: object) -> tuple[str, ...] | None:
+    """The items, each a string that is not empty."""
+    items: list[Any] = [value] if isinstance(value, str) else list(value) if isinstance(value, list | tuple) else [None]
+    return tuple(items) if all(isinstance(item, str) and item for item in items) else None
+
+
 def _or_none(parse: Any, text: str) -> Any:
     try:
         return parse(text)
@@ -156,6 +170,8 @@ def _in_range(option: Option, value: Any) -> bool:
         if option.kind == "path" and not value:
             return False
         return "\0" not in value and (not option.choices or value in option.choices)
+    if isinstance(value, tuple):
+        return all("\0" not in item for item in value)
     if isinstance(value, bool):
         return True
     if isinstance(value, float) and not math.isfinite(value):

@@ -433,3 +433,12 @@ def test_wrong_wrappers_are_refused(run: Run, type_: str, wrap: str, expected: s
     status, _, err = run("device", type_, "--socket-path=/run/x", f"--wrap={wrap}")
     assert status != 0
     assert expected in err
+
+
+@pytest.mark.parametrize(
+    ("words", "ports"), [((), ("pty",)), (("--port=listen:/a", "--port=x=pty"), ("listen:/a", "x=pty"))]
+)
+def test_a_list_is_given_once_for_each_item(run: Run, served: Served, words: Any, ports: Any) -> None:
+    """What is given takes the place of the default."""
+    assert run("device", "console", "--socket-path=/run/con.sock", *words)[0] == 0
+    assert served.spec.options["port"] == ports

@@ -25,6 +25,7 @@ OPTIONS = (
     Option("ram", "size", "", minimum=512),
     Option("tap-fd", "fd", ""),
     Option("period", "float", "", minimum=0, maximum=10),
+    Option("port", "list", "", default=("pty",)),
 )
 
 
@@ -204,6 +205,7 @@ BY_NAME = {option.name: option for option in OPTIONS}
         ("tap-fd", 7, "7", 7),
         ("period", 3, "3", 3.0),
         ("period", 0.25, "0.25", 0.25),
+        ("port", "a,b", "a,b", ("a,b",)),
     ],
 )
 def test_a_value_means_the_same_in_the_file_and_on_the_command_line(
@@ -239,6 +241,10 @@ def test_a_value_means_the_same_in_the_file_and_on_the_command_line(
         ("period", [1], "found a list"),
         ("period", {}, "found a table"),
         ("serial", ["x"] * 99, "found a list"),
+        ("port", [1], "expected a string, or a list of strings, found a list"),
+        ("port", ["a", ""], "found a list"),
+        ("port", ["a\0"], "found a list"),
+        ("port", {}, "found a table"),
     ],
 )
 def test_a_wrong_value_in_the_file_is_refused(name: str, value: object, expected: str) -> None:
@@ -267,6 +273,10 @@ def test_a_wrong_value_in_the_file_is_refused(name: str, value: object, expected
 def test_a_wrong_value_on_the_command_line_is_refused(name: str, text: str) -> None:
     with pytest.raises(ValueError, match=r"^expected .*, found "):
         options.from_text(BY_NAME[name], text)
+
+
+def test_a_list_has_its_items_in_order() -> None:
+    assert options.from_toml(BY_NAME["port"], ["b", "a", "b"]) == ("b", "a", "b")
 
 
 def test_a_long_value_is_cut_short_in_the_message() -> None:

@@ -6,7 +6,7 @@ import struct
 
 import pytest
 from hcd_protocols.vhost_user.features import TransportFeature
-from hcd_protocols.virtio import BlkFeature, DeviceId, NetFeature, RingFeature, blk, net, rng
+from hcd_protocols.virtio import BlkFeature, ConsoleFeature, DeviceId, NetFeature, RingFeature, blk, console, net, rng
 
 
 def test_device_ids() -> None:
@@ -124,3 +124,15 @@ def test_network_headers_of_both_byte_orders() -> None:
 
 def test_entropy_device_has_one_queue() -> None:
     assert rng.NUM_QUEUES == 1
+
+
+def test_console_configuration_and_messages() -> None:
+    """5.3.3, 5.3.4, 5.3.6.2."""
+    assert [int(bit) for bit in ConsoleFeature] == [1, 2, 4]
+    config = console.ConsoleConfig(cols=132, rows=50, max_nr_ports=3)
+    assert config.to_bytes() == struct.pack("<HHII", 132, 50, 3, 0)
+    assert console.ConsoleConfig.from_bytes(config.to_bytes()) == config
+    assert (len(config.to_bytes()), console.EMERGENCY_OFFSET) == (console.CONFIG_SIZE, 8)
+    with pytest.raises(ValueError, match="console configuration"):
+        console.ConsoleConfig(cols=1 << 16).to_bytes()
+    assert console.CONTROL.pack(1, console.ControlEvent.PORT_NAME, 2) == bytes([1, 0, 0, 0, 7, 0, 2, 0])

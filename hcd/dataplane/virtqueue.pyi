@@ -61,6 +61,8 @@ class Virtqueue:
     @property
     def features(self) -> int: ...  # as negotiated
     @property
+    def resumed(self) -> bool: ...  # requests were taken from it before: here, or by a process that is no more
+    @property
     def running(self) -> bool: ...  # started, enabled, mapped and sound
     @property
     def inflight(self) -> int: ...

@@ -279,6 +279,10 @@ cdef class Virtqueue:
     # -- what it is
 
     @property
+    def resumed(self):
+        return self.started and self.base != (0x80008000 if self.ring.packed else 0)
+
+    @property
     def size(self):
         return self.ring.size
 

@@ -1,4 +1,5 @@
-"""Feature bits: of rings and transports (virtio 1.3 chapter 6), of network (5.1.3) and block devices (5.2.3).
+"""Feature bits: of rings and transports (virtio 1.3 chapter 6), of network (5.1.3), block (5.2.3), console (5.3.3) and
+SCSI host devices (5.6.3).
 
 Entropy devices have none of their own (5.4.3).
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 import enum
 
-__all__ = ["BlkFeature", "NetFeature", "RingFeature"]
+__all__ = ["BlkFeature", "ConsoleFeature", "NetFeature", "RingFeature", "ScsiFeature"]
 
 
 class RingFeature(enum.IntFlag):
@@ -89,3 +90,20 @@ class NetFeature(enum.IntFlag):
     RSC_EXT = 1 << 61
     STANDBY = 1 << 62
     SPEED_DUPLEX = 1 << 63
+
+
+class ConsoleFeature(enum.IntFlag):
+    """Console device (5.3.3)."""
+
+    SIZE = 1 << 0
+    MULTIPORT = 1 << 1
+    EMERG_WRITE = 1 << 2
+
+
+class ScsiFeature(enum.IntFlag):
+    """SCSI host device (5.6.3)."""
+
+    INOUT = 1 << 0
+    HOTPLUG = 1 << 1
+    CHANGE = 1 << 2
+    T10_PI = 1 << 3
