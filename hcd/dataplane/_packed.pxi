@@ -15,7 +15,9 @@ cdef inline bint packed_has_work(vring_t *r) noexcept nogil:
 cdef int packed_pop(vring_t *r, MemoryTable mem, chain_t *c) noexcept nogil:
     """1: a chain is in ``c``; 0: the ring is empty; -1: the driver broke the rules."""
     cdef desc_t d
+    cdef track_t *t = r.track
     cdef uint32_t i = r.last_avail, steps = 0
+    cdef uint16_t following = t.free_head if t != NULL else 0
     cdef uint16_t flags = hcd_load16_acquire(r.desc + 16 * i + 14)
     if not packed_avail(flags, r.avail_wrap):
         return 0
@@ -24,13 +26,13 @@ cdef int packed_pop(vring_t *r, MemoryTable mem, chain_t *c) noexcept nogil:
         if steps > r.size:
             return failed(r, E_LONG, 0, r.size)
         memcpy(&d, r.desc + 16 * i, 16)      # here "flags" is the id and "other" the flags
-        if d.other & INDIRECT:
-            if d.other & NEXT:
-                return failed(r, E_INDIRECT_NEXT, 0, 0)
-            if packed_indirect(r, mem, c, d.addr, d.len) != 0:
-                return -1
-        elif chain_add(r, c, mem, d.addr, d.len, (d.other & WRITE) != 0) != 0:
+        if packed_piece(r, mem, c, &d) != 0:
             return -1
+        if t != NULL:
+            if steps > t.n_free:
+                return failed(r, E_FULL, 0, r.size)
+            c.last = following
+            following = packed_record_note(t, following, &d)
         i += 1
         if i == r.size:
             i = 0
@@ -41,7 +43,18 @@ cdef int packed_pop(vring_t *r, MemoryTable mem, chain_t *c) noexcept nogil:
     c.head = d.flags
     c.slots = <uint16_t>steps
     packed_step(r.size, &r.last_avail, &r.avail_wrap, steps)
+    if t != NULL:
+        c.state = t.free_head
+        packed_record_take(t, c)
     return 1
+
+
+cdef int packed_piece(vring_t *r, MemoryTable mem, chain_t *c, const desc_t *d) noexcept nogil:
+    if not d.other & INDIRECT:
+        return chain_add(r, c, mem, d.addr, d.len, (d.other & WRITE) != 0)
+    if d.other & NEXT:
+        return failed(r, E_INDIRECT_NEXT, 0, 0)
+    return packed_indirect(r, mem, c, d.addr, d.len)
 
 
 cdef int packed_indirect(vring_t *r, MemoryTable mem, chain_t *c, uint64_t table, uint32_t length) noexcept nogil:
@@ -115,9 +128,11 @@ cdef inline void packed_ask_next_kick(vring_t *r) noexcept nogil:
     hcd_store16(r.device + 2, 0)
 
 
-cdef inline void packed_unpop(vring_t *r, uint16_t slots) noexcept nogil:
-    if r.last_avail >= slots:
-        r.last_avail -= slots
+cdef inline void packed_unpop(vring_t *r, const chain_t *c) noexcept nogil:
+    if r.last_avail >= c.slots:
+        r.last_avail -= c.slots
     else:
-        r.last_avail = <uint16_t>(r.last_avail + r.size - slots)
+        r.last_avail = <uint16_t>(r.last_avail + r.size - c.slots)
         r.avail_wrap = not r.avail_wrap
+    if r.track != NULL:
+        packed_record_unpop(r.track, c)

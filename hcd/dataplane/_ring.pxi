@@ -16,6 +16,7 @@ cdef enum:
     E_TOTAL
     E_ID
     E_MEMORY
+    E_FULL
 
     NEXT = 1
     WRITE = 2
@@ -39,6 +40,7 @@ ERRORS = {
     E_TOTAL: "a chain of more than 4 GiB",
     E_ID: "buffer id {a} is outside a ring of {b}",
     E_MEMORY: "no memory for a scatter list",
+    E_FULL: "more descriptors are made available than the ring of {b} holds",
 }
 
 

@@ -36,6 +36,8 @@ cdef int split_pop(vring_t *r, MemoryTable mem, chain_t *c) noexcept nogil:
     c.head = head
     c.slots = 1
     r.last_avail += 1
+    if r.track != NULL:
+        split_record_take(r.track, head)
     return 1
 
 
@@ -130,5 +132,7 @@ cdef inline void split_ask_next_kick(vring_t *r) noexcept nogil:
             return
 
 
-cdef inline void split_unpop(vring_t *r) noexcept nogil:
+cdef inline void split_unpop(vring_t *r, uint16_t head) noexcept nogil:
     r.last_avail -= 1
+    if r.track != NULL:
+        split_record_unpop(r.track, head)

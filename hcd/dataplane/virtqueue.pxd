@@ -1,13 +1,35 @@
 from cpython.ref cimport PyObject
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 
-from hcd.dataplane.memory cimport MemoryTable
+from hcd.dataplane.memory cimport MemoryTable, Region
 from hcd.dataplane.stats cimport DoorbellStats, QueueStats
 
 cdef extern from "<sys/uio.h>" nogil:
     struct iovec:
         void *iov_base
         size_t iov_len
+
+ctypedef struct batch_t:      # a completion that the record of requests in flight does not know of yet
+    uint16_t head             # as in chain_t, and so on
+    uint16_t state
+    uint16_t last
+    uint16_t slots
+    uint32_t written
+
+ctypedef struct track_t:      # what we know of our record of requests in flight: _inflight.pxi
+    void *record              # shared; written only
+    uint64_t counter          # of chains taken
+    uint16_t states           # how many the record has
+    uint16_t ahead            # packed: slots that were taken before the record began and never come back
+    uint16_t last_batch       # split: the completion before this batch
+    uint16_t free_head        # packed: the free states, linked by ``next``
+    uint32_t n_free
+    uint16_t *next
+    batch_t *batch            # at most as many as the ring has entries
+    uint32_t n_batch
+    uint16_t *again           # heads (packed: states) of recovered chains, oldest first
+    uint32_t n_again
+    void *copy                # packed: the record as it was found
 
 ctypedef struct vring_t:      # all that polling and publishing touch, for use without the GIL
     uint32_t size
@@ -22,6 +44,8 @@ ctypedef struct vring_t:      # all that polling and publishing touch, for use w
     char *desc                # split: descriptor table; packed: the ring
     char *driver              # split: available ring; packed: driver event area
     char *device              # split: used ring; packed: device event area
+    uint32_t again            # recovered chains that are to be taken first
+    track_t *track            # NULL: requests in flight are not recorded
     uint16_t last_avail       # next entry to take; packed: slot
     uint16_t avail_seen       # split: avail.idx when it was read last
     uint16_t next_used        # next used entry to write; packed: slot
@@ -45,11 +69,23 @@ ctypedef struct chain_t:      # the scatter list of one request: readable pieces
     uint64_t in_size
     uint16_t head             # descriptor index; packed: buffer id
     uint16_t slots            # packed: ring slots that the chain takes
+    uint16_t state            # packed, recorded: first and last of the states that hold a copy of it
+    uint16_t last
+    bint again                # recovered: another process took it from the ring
 
 ctypedef struct cursor_t:
     uint32_t i                # piece
     uint64_t at               # offset in it
     uint64_t left             # bytes from here on
+
+cdef class Inflight:
+    cdef Region region
+    cdef readonly int fd
+    cdef readonly int num_queues
+    cdef readonly int queue_size
+
+    cdef int check(self, uint64_t offset, uint64_t size) except -1
+    cdef char *part(self, int index, bint packed) except NULL
 
 cdef class Request:
     cdef Virtqueue vq
@@ -83,6 +119,10 @@ cdef class Virtqueue:
     cdef int max_size
     cdef uint64_t feature_bits
     cdef MemoryTable mem
+    cdef track_t track
+    cdef Inflight inflight_area
+    cdef bint resume
+    cdef readonly int recovered
     cdef uint64_t uva_desc
     cdef uint64_t uva_driver
     cdef uint64_t uva_device
@@ -145,7 +185,7 @@ cdef class Virtqueue:
     cdef int ask_kicks(self, bint on) except -1
     cdef void unlink(self, Request r) noexcept
     cdef int break_ring(self, str why) except -1
-    cdef int used(self, uint16_t head, uint16_t slots, uint32_t written) except -1
+    cdef int used(self, Request r, uint32_t written) except -1
     cdef int settle(self, Request r, int64_t written) except -1
     cdef int settle_now(self, Request r, int64_t written) except -1
     cdef int flush_now(self) except -1

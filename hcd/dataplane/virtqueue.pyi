@@ -47,6 +47,49 @@ class Request:
     def complete(self, written: int = -1) -> None: ...  # any thread, any order, exactly once; -1: what write() wrote
     def hold(self) -> None: ...  # process() keeps it beyond its return: an exception there does not fail it
 
+class Inflight:
+    """A region with the record of requests in flight of every queue (vhost-user.rst, "Inflight I/O tracking").
+
+    It outlives the process, as a file descriptor that somebody else holds too: the front end (SET_INFLIGHT_FD), or
+    systemd. The life of one that hcd keeps for itself, where the front end negotiated none:
+
+        area = Inflight.create(num_queues, queue_size)      # queue_size: the largest ring, Device.max_queue_size
+        queue.set_inflight(area, resume=False)              # before queue.start(), whose base then counts
+        ... area.fd goes elsewhere, with area.offset, area.size, area.num_queues and area.queue_size ...
+        ... this process dies at any moment, with requests in flight ...
+        area = Inflight.map(fd, offset, size, num_queues, queue_size)
+        queue.set_inflight(area, resume=True)               # now record and ring say where the ring stands
+        queue.start(...)                                    # base counts only if the record was never begun
+
+    ``queue.start`` takes the chains that were in flight into ``queue.recovered`` (their number); the queue hands them
+    out again before new ones, in their old order, and interrupts the driver once. What was published to the driver
+    is not handed out again; what was completed and not published is.
+
+    The layout is that of the standard for split and for packed rings, chosen when a queue starts; a region that
+    ``create`` made has room for either. Wrong numbers, an fd that cannot hold the region, and a record that
+    contradicts itself or its ring are a ProtocolError. Unless sealed, the region may be truncated under us, as guest
+    memory may be: see ``set_alarm`` of memory regions.
+    """
+
+    @staticmethod
+    def create(num_queues: int, queue_size: int) -> Inflight: ...  # a sealed memfd, empty
+    @staticmethod
+    def map(fd: int, offset: int, size: int, num_queues: int, queue_size: int) -> Inflight: ...  # takes fd over, always
+    @property
+    def fd(self) -> int: ...  # -1 after close
+    @property
+    def offset(self) -> int: ...
+    @property
+    def size(self) -> int: ...  # bytes
+    @property
+    def num_queues(self) -> int: ...
+    @property
+    def queue_size(self) -> int: ...
+    @property
+    def poisoned(self) -> bool: ...  # somebody truncated it
+    def set_alarm(self, fd: int) -> None: ...
+    def close(self) -> None: ...  # the fd; queues that use the region keep its memory
+
 class Virtqueue:
     """The device's side of one ring. Its owner thread alone touches it, but for ``Request.complete``."""
 
@@ -108,6 +151,11 @@ class Virtqueue:
     def set_kick(self, fd: int, spurious: bool = False) -> None: ...
     def set_call(self, fd: int) -> None: ...
     def set_err(self, fd: int) -> None: ...
+    def set_inflight(self, area: Inflight | None, resume: bool = True) -> None: ...  # takes effect at start()
+    @property
+    def recovered(self) -> int: ...  # chains that the last start() found in flight
+    @property
+    def waiting(self) -> int: ...  # of these, not taken yet
     def start(
         self, features: int, size: int, desc: int, driver: int, device: int, base: int, big_endian: bool = False
     ) -> None: ...

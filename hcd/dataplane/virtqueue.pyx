@@ -18,7 +18,9 @@ Theory of operation.
 * ``generation`` counts set-ups: a request that outlived its ring (a drain that timed out) is settled and forgotten.
 """
 
+import fcntl
 import os
+import stat
 import sys
 
 cimport cython
@@ -34,7 +36,7 @@ from cpython.pythread cimport PyThread_get_thread_ident
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.errno cimport EAGAIN, EFAULT, EINTR, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport free, realloc
+from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memset
 
 from hcd.dataplane._atomics cimport (
@@ -52,9 +54,10 @@ from hcd.dataplane._atomics cimport (
     hcd_swap32,
     hcd_swap64,
 )
-from hcd.dataplane.memory cimport MemoryTable
+from hcd.dataplane.memory cimport MemoryTable, Region
 from hcd.dataplane.stats cimport STATUSES, DoorbellStats, QueueStats, hist_add
 
+from hcd.dataplane.memory import describe_mode
 from hcd.errors import GuestError
 from hcd_protocols.errors import ProtocolError
 
@@ -91,6 +94,7 @@ cdef enum:
 include "_ring.pxi"
 include "_split.pxi"
 include "_packed.pxi"
+include "_inflight.pxi"
 include "_request.pxi"
 
 
@@ -106,6 +110,8 @@ cdef void nudge_end() noexcept nogil:
 
 cdef bint ring_has_work(vring_t *r) noexcept nogil:
     """Whether a look at the ring finds a request. Touches guest memory: only while ``running``."""
+    if r.again:
+        return True
     return packed_has_work(r) if r.packed else split_has_work(r)
 
 
@@ -130,7 +136,7 @@ cdef class Virtqueue:
 
     def __dealloc__(self):
         # Requests in flight hold a reference to this queue, so there are none left here.
-        pass
+        drop_record(self)
 
     # -- set-up, on the owner thread
 
@@ -165,6 +171,11 @@ cdef class Virtqueue:
         """The fd that tells the front end that the ring broke, or -1."""
         self.err_fd = fd
 
+    def set_inflight(self, Inflight area, bint resume=True):
+        """From the next start on, record the requests in flight in ``area``; None: not at all."""
+        self.inflight_area = area
+        self.resume = resume
+
     def start(self, uint64_t features, uint32_t size, uint64_t desc, uint64_t driver, uint64_t device, uint32_t base,
               bint big_endian=False):
         """Set the ring up at the front end's addresses; it runs once it is enabled too.
@@ -173,6 +184,8 @@ cdef class Virtqueue:
         wrap counters and the used position. Raises ProtocolError when the ring is misplaced or not in memory.
         """
         cdef vring_t *r = &self.ring
+        drop_record(self)
+        self.recovered = 0
         memset(r, 0, sizeof(vring_t))
         r.batch_slot = -1
         r.packed = (features >> F_RING_PACKED) & 1
@@ -195,10 +208,14 @@ cdef class Virtqueue:
             raise ProtocolError(f"queue {self.index}: the ring is outside the shared memory: descriptors {desc:#x}, "
                                 f"driver {driver:#x}, device {device:#x}, {size} entries")
         self.set_base(base)
+        if self.inflight_area is not None:
+            attach_record(self)
         self.broken = ""
         self.new_generation()
         self.started = True
         self.update_running()
+        if self.call_owed and self.call_fd >= 0:
+            self.set_call(self.call_fd)
 
     def set_base(self, uint32_t base):
         cdef vring_t *r = &self.ring
@@ -264,6 +281,7 @@ cdef class Virtqueue:
         self.new_generation()
         self.ring.desc = self.ring.driver = self.ring.device = NULL
         self.ring.unpublished = 0
+        drop_record(self)
         self.update_running()
         self.pool.clear()
         return base
@@ -313,6 +331,10 @@ cdef class Virtqueue:
     def inflight(self):
         return self.n_inflight
 
+    @property
+    def waiting(self):
+        return self.ring.again
+
     # -- taking requests
 
     cdef Request fresh(self):
@@ -342,14 +364,17 @@ cdef class Virtqueue:
         cdef int got
         if not self.ring.running or not ring_has_work(&self.ring):
             return None
-        if self.n_inflight - self.n_stale >= <int>self.ring.size:
+        if self.n_inflight - self.n_stale + self.ring.unpublished >= <int>self.ring.size:
             self.break_ring(f"more chains are made available than the ring of {self.ring.size} holds, while as many "
                             "are in flight")
             return None
         r = self.fresh()
         r.c.n_out = r.c.n_in = 0
         r.c.out_size = r.c.in_size = 0
-        if self.ring.packed:
+        r.c.again = False
+        if self.ring.again:
+            got = pop_again(&self.ring, self.mem, &r.c)
+        elif self.ring.packed:
             got = packed_pop(&self.ring, self.mem, &r.c)
         else:
             got = split_pop(&self.ring, self.mem, &r.c)
@@ -454,10 +479,12 @@ cdef class Virtqueue:
             self.stats.c.found_ring -= 1
         else:
             self.stats.c.found_poll -= 1
-        if self.ring.packed:
-            packed_unpop(&self.ring, r.c.slots)
+        if r.c.again:
+            self.ring.again += 1
+        elif self.ring.packed:
+            packed_unpop(&self.ring, &r.c)
         else:
-            split_unpop(&self.ring)
+            split_unpop(&self.ring, r.c.head)
         r.state = DONE
         r.mem = None
         self.pool.append(r)
@@ -512,7 +539,7 @@ cdef class Virtqueue:
         if current and self.ring.device != NULL:
             if self.ring.unpublished == 0:
                 self.batch_woken = r.woken
-            self.used(r.c.head, r.c.slots, <uint32_t>written)
+            self.used(r, <uint32_t>written)
         if current and PyList_GET_SIZE(self.pool) < <Py_ssize_t>self.ring.size:
             self.pool.append(r)
         self.unlink(r)
@@ -525,13 +552,16 @@ cdef class Virtqueue:
             self.on_drained(self)
         return 0
 
-    cdef int used(self, uint16_t head, uint16_t slots, uint32_t written) except -1:
-        if self.ring.packed:
-            packed_used(&self.ring, head, slots, written)
-            self.ring.unsignalled += slots
-        else:
-            split_used(&self.ring, head, written)
+    cdef int used(self, Request r, uint32_t written) except -1:
+        if self.ring.track != NULL:
+            record_done(&self.ring, &r.c, written)
+        if not self.ring.packed:
+            split_used(&self.ring, r.c.head, written)
             self.ring.unsignalled += 1
+        else:
+            if self.ring.track == NULL:    # else it is written when it is published
+                packed_used(&self.ring, r.c.head, r.c.slots, written)
+            self.ring.unsignalled += r.c.slots
         self.ring.unpublished += 1
         return 0
 
@@ -552,7 +582,12 @@ cdef class Virtqueue:
         self.dirty = False
         if self.ring.unpublished == 0 or self.ring.device == NULL:
             return 0
-        if self.ring.packed:
+        if self.ring.track != NULL:
+            if self.ring.packed:
+                packed_record_publish(&self.ring)
+            else:
+                split_record_publish(&self.ring)
+        elif self.ring.packed:
             packed_publish(&self.ring)
         else:
             split_publish(&self.ring)
