@@ -10,6 +10,7 @@ Nothing here fails because the manager does not listen: a daemon goes on without
 
 from __future__ import annotations
 
+import array
 import logging
 import os
 import socket
@@ -92,18 +93,41 @@ class Notifier:
         """Starting or stopping takes up to ``seconds`` from now; without word by then it has failed."""
         self._send(f"EXTEND_TIMEOUT_USEC={round(seconds * 1e6)}")
 
-    def _send(self, *lines: str, patience: float = PATIENCE) -> None:
-        if self._socket is None:
-            return
-        self._socket.settimeout(patience)
+    def store(self, name: str, fd: int, *, poll: bool) -> bool:
+        """Keep ``fd`` for the next process of this service, as ``name``; whether the message went out.
+
+        ``poll``: not beyond the moment when it hangs up or is in error. Whether the manager does keep it is not told.
+        """
+        lines = ("FDSTORE=1", f"FDNAME={name}", *(() if poll else ("FDPOLL=0",)))
+        return self._send(*lines, fds=(fd,))
+
+    def unstore(self, name: str) -> None:
+        """Keep what is stored as ``name`` no longer."""
+        self._send("FDSTOREREMOVE=1", f"FDNAME={name}")
+
+    def barrier(self) -> int:
+        """A descriptor, the caller's to close, that hangs up when the manager has come to this point."""
+        reached, passed = os.pipe2(os.O_CLOEXEC)
         try:
-            self._socket.sendto("\n".join(lines).encode(), self._address)
+            self._send("BARRIER=1", fds=(passed,))  # nothing else may stand in this message
+        finally:
+            os.close(passed)
+        return reached
+
+    def _send(self, *lines: str, patience: float = PATIENCE, fds: tuple[int, ...] = ()) -> bool:
+        if self._socket is None:
+            return False
+        self._socket.settimeout(patience)
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        try:
+            self._socket.sendmsg(["\n".join(lines).encode()], ancillary, 0, self._address)
         except OSError as error:
             if not self._failed:  # once: the next would fail likewise
                 _log.warning("the service manager cannot be told %s: %s", lines[0], error.strerror or error)
             self._failed = True
         else:
             self._failed = False
+        return not self._failed
 
 
 def _status(text: str) -> str:

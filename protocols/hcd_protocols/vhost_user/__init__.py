@@ -16,6 +16,7 @@ from hcd_protocols.vhost_user.features import ProtocolFeature, TransportFeature
 from hcd_protocols.vhost_user.frontend import FrontendConnection, Reply
 from hcd_protocols.vhost_user.layouts import HEADER_SIZE, MAX_PAYLOAD
 from hcd_protocols.vhost_user.messages import BackendRequest, FrontendRequest
+from hcd_protocols.vhost_user.saved import SavedSession, SavedVring
 from hcd_protocols.vhost_user.state import RingState, VringState
 
 __all__ = [
@@ -34,6 +35,8 @@ __all__ = [
     "ProtocolFeature",
     "Reply",
     "RingState",
+    "SavedSession",
+    "SavedVring",
     "TransportFeature",
     "VringState",
 ]

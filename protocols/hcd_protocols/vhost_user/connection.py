@@ -32,6 +32,7 @@ from hcd_protocols.vhost_user.messages import (
     build_message,
     describe,
 )
+from hcd_protocols.vhost_user.saved import SavedSession
 from hcd_protocols.vhost_user.state import Limits, SessionState, VringState
 from hcd_protocols.vhost_user.stream import Message, MessageStream
 
@@ -122,6 +123,24 @@ class BackendConnection:
     def failed(self) -> bool:
         """An illegal message came; nothing but closing is left."""
         return self._error is not None
+
+    # -- from one process to the next
+
+    def save(self) -> SavedSession:
+        """What another connection can go on from, once the answers that are ready have gone out.
+
+        RuntimeError inside a message, or while an answer is not known yet.
+        """
+        if any(not slot.message for slot in self._slots) or self._stream.is_cut_short():
+            raise RuntimeError("a connection is saved between two messages only")
+        return SavedSession.of(self._state)
+
+    def restore(self, saved: SavedSession) -> None:
+        """Go on where an earlier connection was saved; this one is new.
+
+        ValueError if that one agreed on more than this one offers; nothing has changed then.
+        """
+        saved.restore(self._state)
 
     # -- in
 

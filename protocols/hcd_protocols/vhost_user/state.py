@@ -147,6 +147,16 @@ class SessionState:
                 f"{describe(event.request)}: expected ring {event.index} to be {expected}, it is {state.value}"
             )
 
+    def check_negotiated(self, features: int, protocol_features: int) -> None:
+        """ValueError if an earlier back end agreed on more than this one offers."""
+        for what, agreed, offered in (
+            ("features", features, self.limits.features | UNFILTERED),
+            ("protocol features", protocol_features, self.limits.protocol_features),
+        ):
+            surplus = agreed & ~int(offered)
+            if surplus:
+                raise ValueError(f"{what} {surplus:#x} were agreed on, and are not offered any more")
+
     def _check_features(self, event: events.SetFeatures) -> None:
         surplus = event.features & ~int(self.limits.features | UNFILTERED)
         if surplus:

@@ -1,0 +1,262 @@
+"""Keeps the store and the state file of one session up to date, message by message."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from hcd_protocols.vhost_user import MemoryRegion, SavedSession, events
+
+from hcd.handover.fdstore import Entry, FdStore, StoreError
+from hcd.handover.record import VERSION, InflightRecord, Record, RingRecord
+from hcd.handover.statefile import StateFile
+
+__all__ = ["Keeper"]
+
+_log = logging.getLogger("hcd.handover")
+
+RegionKey = tuple[int, int, int]
+
+
+@dataclass(slots=True)
+class _Ring:
+    kick: Entry | None = None
+    call: Entry | None = None
+    err: Entry | None = None
+    spurious: bool = False
+    base: int | None = None
+
+
+@dataclass(slots=True)
+class _Held:
+    """The entries that a session uses now."""
+
+    regions: dict[RegionKey, Entry] = field(default_factory=dict)
+    rings: dict[int, _Ring] = field(default_factory=dict)
+    channel: Entry | None = None
+    inflight: Entry | None = None
+
+
+class Keeper:
+    """The store and the state file of one session of ``device``.
+
+    In trio. The session's part: :attr:`busy` around each message; :meth:`take` with each event before it takes effect;
+    :meth:`commit` when it has, before it is answered; :meth:`end` when the front end is gone, :meth:`leave` when it is
+    to be served by the next process.
+    """
+
+    def __init__(self, store: FdStore, device: str, fingerprint: str, file: StateFile) -> None:
+        self._store = store
+        self._device = device
+        self._fingerprint = fingerprint
+        self._file = file
+        self._own: list[Entry] = []  # the state file and the connection
+        self._held = _Held()
+        self._unwanted: list[Entry] = []  # named by what is written now, but not by what will be
+        self._inflight: InflightRecord | None = None
+        self._mtu: int | None = None
+        self._config_writes: dict[int, bytes] = {}
+        self._written = b""
+
+    # -- beginning
+
+    @classmethod
+    def begin(cls, store: FdStore, device: str, fingerprint: str, connection: int) -> Keeper:
+        """For a new ``connection``. StoreError when it cannot be kept."""
+        keeper = cls(store, device, fingerprint, StateFile.create(VERSION))
+        try:
+            keeper.busy = True  # nothing is written yet
+            keeper._own.append(store.put(keeper._file.fd, device, "state"))
+            keeper._own.append(store.put(connection, device, "connection", poll=True))
+        except StoreError:
+            keeper.end()
+            raise
+        return keeper
+
+    @classmethod
+    def resume(cls, store: FdStore, record: Record, file: StateFile, state: str) -> Keeper:
+        """For the session that an earlier process wrote as ``record`` into ``file``, which is kept as ``state``."""
+        keeper = cls(store, record.device, record.fingerprint, file)
+
+        def use(name: str) -> Entry | None:
+            return store.use(name) if name else None
+
+        for name in (state, record.connection):
+            if (entry := use(name)) is not None:
+                keeper._own.append(entry)
+        held = keeper._held
+        for region, name in zip(record.session.regions, record.region_names, strict=True):
+            if (entry := use(name)) is not None:
+                held.regions[_key(region)] = entry
+        for index, ring in enumerate(record.rings):
+            held.rings[index] = _Ring(use(ring.kick), use(ring.call), use(ring.err), ring.spurious)
+        held.channel = use(record.channel)
+        if record.inflight is not None:
+            held.inflight = use(record.inflight.name)
+            keeper._inflight = record.inflight
+        keeper._mtu, keeper._config_writes = record.mtu, dict(record.config_writes)
+        return keeper
+
+    # -- around a message
+
+    @property
+    def busy(self) -> bool:
+        return self._file.busy
+
+    @busy.setter
+    def busy(self, busy: bool) -> None:
+        self._file.busy = busy
+
+    def take(self, event: events.Event) -> None:
+        """Store what ``event`` brings, while its descriptors are still there. StoreError."""
+        match event:
+            case events.SetMemTable(regions=regions, fds=fds):
+                self._set_regions(zip(regions, fds, strict=True))
+            case events.AddMemReg(region=region, fd=fd):
+                self._held.regions[_key(region)] = self._put(fd, "memory")
+            case events.RemMemReg(region=region):
+                self._release(self._held.regions.pop(_key(region), None))
+            case events.SetVringKick() | events.SetVringCall() | events.SetVringErr():
+                self._set_ring_fd(event)
+            case events.SetBackendReqFd(fd=fd):
+                self._release(self._held.channel)
+                self._held.channel = self._put(fd, "back-channel")
+            case events.SetInflightFd(fd=fd):
+                self._set_inflight(fd, event.mmap_size, event.mmap_offset, event.num_queues, event.queue_size, own=False)
+            case _:
+                pass
+
+    def took_effect(self, event: events.Event) -> None:
+        """The device accepted what the driver or the front end told it: the next process tells its device again."""
+        match event:
+            case events.SetConfig(offset=offset, data=data):
+                self._config_writes[offset] = data
+            case events.NetSetMtu(mtu=mtu):
+                self._mtu = mtu
+            case events.ResetDevice() | events.ResetOwner():
+                self._mtu = None
+            case _:
+                pass
+
+    def set_spurious(self, index: int, spurious: bool) -> None:
+        """Whether the value of the kick eventfd of ring ``index`` counts a ring that nobody rang."""
+        self._ring(index).spurious = spurious
+
+    def keep_own_inflight(self, fd: int, mmap_size: int, num_queues: int, queue_size: int) -> None:
+        """hcd tracks requests by itself, in the memory file of ``fd``, which stays the caller's. StoreError."""
+        self._set_inflight(fd, mmap_size, 0, num_queues, queue_size, own=True)
+
+    @property
+    def inflight(self) -> InflightRecord | None:
+        return self._inflight
+
+    async def commit(self, session: SavedSession, config: bytes, bases: Mapping[int, int] | None = None) -> None:
+        """The session is this now. StoreError if that could not be kept.
+
+        ``bases``: where rings stand that nobody works on any more.
+        """
+        await self._store.settle()
+        self._forget_kicks(session)
+        data = self._record(session, config, bases or {}).encode()
+        if data != self._written:
+            self._file.write(data)
+            self._written = data
+        for entry in self._unwanted:
+            self._store.drop(entry)
+        self._unwanted.clear()
+
+    # -- end
+
+    def end(self) -> None:
+        """Nothing of the session is to be kept."""
+        held = self._held
+        for entry in (*self._own, *self._unwanted, *held.regions.values(), held.channel, held.inflight):
+            if entry is not None:
+                self._store.drop(entry)
+        for ring in held.rings.values():
+            for entry in (ring.kick, ring.call, ring.err):
+                if entry is not None:
+                    self._store.drop(entry)
+        self._own, self._unwanted, self._held = [], [], _Held()
+        self._file.close()
+
+    def leave(self) -> None:
+        """The next process goes on with the session: everything stays where it is."""
+        self._file.close()
+
+    # -- inside
+
+    def _put(self, fd: int, role: str) -> Entry:
+        return self._store.put(fd, self._device, role)
+
+    def _release(self, entry: Entry | None) -> None:
+        """Drop ``entry`` once the state that names it has been replaced."""
+        if entry is not None:
+            self._unwanted.append(entry)
+
+    def _ring(self, index: int) -> _Ring:
+        return self._held.rings.setdefault(index, _Ring())
+
+    def _set_regions(self, table: Iterable[tuple[MemoryRegion, int]]) -> None:
+        for entry in self._held.regions.values():
+            self._release(entry)
+        self._held.regions = {}
+        for region, fd in table:
+            self._held.regions[_key(region)] = self._put(fd, "memory")
+
+    def _set_ring_fd(self, event: events.SetVringKick | events.SetVringCall | events.SetVringErr) -> None:
+        ring, index = self._ring(event.index), event.index
+        match event:
+            case events.SetVringKick(fd=fd):
+                self._release(ring.kick)
+                ring.kick = None if fd is None else self._put(fd, f"kick{index}")
+            case events.SetVringCall(fd=fd):
+                self._release(ring.call)
+                ring.call = None if fd is None else self._put(fd, f"call{index}")
+            case events.SetVringErr(fd=fd):
+                self._release(ring.err)
+                ring.err = None if fd is None else self._put(fd, f"err{index}")
+
+    def _set_inflight(
+        self, fd: int, mmap_size: int, mmap_offset: int, num_queues: int, queue_size: int, *, own: bool
+    ) -> None:
+        self._release(self._held.inflight)
+        entry = self._held.inflight = self._put(fd, "inflight")
+        self._inflight = InflightRecord(entry.name, mmap_size, mmap_offset, num_queues, queue_size, own)
+
+    def _forget_kicks(self, session: SavedSession) -> None:
+        """A ring that was stopped has no kick any more."""
+        for index, saved in enumerate(session.vrings):
+            ring = self._held.rings.get(index)
+            if ring is not None and ring.kick is not None and not saved.kicked:
+                self._release(ring.kick)
+                ring.kick, ring.spurious = None, False
+
+    def _record(self, session: SavedSession, config: bytes, bases: Mapping[int, int]) -> Record:
+        held = self._held
+        return Record(
+            device=self._device,
+            fingerprint=self._fingerprint,
+            session=session,
+            connection=self._own[1].name,
+            region_names=tuple(held.regions[_key(region)].name for region in session.regions),
+            rings=tuple(self._ring_record(index, bases) for index in range(len(session.vrings))),
+            channel=_name(held.channel),
+            inflight=self._inflight,
+            mtu=self._mtu,
+            config_writes=self._config_writes,
+            config=config,
+        )
+
+    def _ring_record(self, index: int, bases: Mapping[int, int]) -> RingRecord:
+        ring = self._ring(index)
+        return RingRecord(_name(ring.kick), _name(ring.call), _name(ring.err), ring.spurious, bases.get(index))
+
+
+def _key(region: MemoryRegion) -> RegionKey:
+    return region.guest_addr, region.size, region.user_addr
+
+
+def _name(entry: Entry | None) -> str:
+    return entry.name if entry is not None else ""
