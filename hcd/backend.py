@@ -152,7 +152,11 @@ class Backend:
         vring.enabled = enable
         self._update(vring)
 
-    def set_kick(self, index: int, fd: int | None) -> None:
+    def set_kick(self, index: int, fd: int | None, *, spurious: bool | None = None) -> bool:
+        """The eventfd of the doorbell. Returns whether its value counts one ring that nobody rang.
+
+        ``spurious`` says so where it is known; None: it is new, and QEMU's are that when they are not 0.
+        """
         if fd is None:
             raise ProtocolError(f"SET_VRING_KICK brings no eventfd for queue {index}: rings without a doorbell are "
                                 "not offered")
@@ -167,9 +171,10 @@ class Backend:
             os.close(fd)
             raise
         self._release_kick(vring)
-        vring.kick, vring.spurious = fd, count >= 1
+        vring.kick, vring.spurious = fd, count >= 1 if spurious is None else spurious
         vring.queue.set_kick(fd, vring.spurious)
         self._update(vring)
+        return vring.spurious
 
     def set_call(self, index: int, fd: int | None) -> None:
         vring = self._vrings[index]
@@ -223,6 +228,10 @@ class Backend:
             vring.queue.set_kick(-1)
             _close(vring.kick)
             vring.kick = -1
+
+    def owe_interrupt(self, index: int) -> None:
+        """The process before this one may have died before it interrupted the driver: :meth:`set_call` does it."""
+        self._vrings[index].queue.owe_interrupt()
 
     # -- stopping
 
@@ -298,6 +307,14 @@ class Backend:
             vring.enabled = False
             self._update(vring)
         self._call_device(self.device.disconnect)
+
+    def park(self) -> dict[int, int]:
+        """After :meth:`begin_close`: where each ring stands on which nothing is in flight, for the next process."""
+        return {
+            vring.queue.index: vring.queue.stop()
+            for vring in self._vrings
+            if vring.queue.is_started and not vring.queue.inflight
+        }
 
     def begin_close(self, on_drained: Callable[[], None]) -> int:
         """The front end is gone: take no more requests. Returns how many queues still have some in flight, each of

@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,11 +28,14 @@ from hcd.control import settings
 from hcd.control.calls import Calls, Probe
 from hcd.control.server import serve as serve_control
 from hcd.errors import ConfigError, HcdError
+from hcd.handover import fdstore
+from hcd.handover.fdstore import FdStore
+from hcd.handover.recovery import recover
 from hcd.lanes import Lanes, open_lanes
 from hcd.metrics import cold, server
 from hcd.reload import Reloader
 from hcd.supervisor import CLOSE_TIMEOUT, Supervisor, keep_up
-from hcd.systemd import Notifier
+from hcd.systemd import Inherited, Notifier
 
 __all__ = ["run"]
 
@@ -61,6 +64,7 @@ class _Daemon:
     started: float = field(default_factory=time.time)
     failure: HcdError | None = None  # why it could not start
     beside: Callable[[], Awaitable[None]] | None = None  # what it ends with
+    supervisor: Supervisor | None = None
 
 
 def run(
@@ -112,6 +116,8 @@ async def _end_on_signal(
             _log.info("%s: ending", signal.Signals(number).name)
             break
     _say_stopping(daemon)
+    if daemon.supervisor is not None:
+        await daemon.supervisor.leave()
     serving.cancel()
 
 
@@ -120,9 +126,11 @@ async def _serve_all(daemon: _Daemon, stack: AsyncExitStack) -> None:
         hangups = stack.enter_context(trio.open_signal_receiver(signal.SIGHUP))
     lanes = await stack.enter_async_context(open_lanes(poll_us=daemon.config.poll_us))
     try:
-        given = activation.adopt(daemon.config, systemd.take_listen_fds())
+        inherited = systemd.take_listen_fds()
+        stored = [one for one in inherited if one.name.startswith(fdstore.PREFIX)]
+        given = activation.adopt(daemon.config, [one for one in inherited if one not in stored])
         stack.callback(given.close)
-        supervisor = await _open_devices(daemon, stack, lanes, given)
+        supervisor = await _open_devices(daemon, stack, lanes, given, stored)
         listeners = await _bind_metrics(stack, daemon.config.metrics, given)
         control = _bind_control(stack, daemon.config)
     except HcdError as exc:
@@ -159,10 +167,13 @@ async def _serve_all(daemon: _Daemon, stack: AsyncExitStack) -> None:
         nursery.cancel_scope.cancel()
 
 
-async def _open_devices(daemon: _Daemon, stack: AsyncExitStack, lanes: Lanes, given: Activation) -> Supervisor:
-    """Every device of the configuration, open, each with its socket."""
+async def _open_devices(
+    daemon: _Daemon, stack: AsyncExitStack, lanes: Lanes, given: Activation, stored: Sequence[Inherited]
+) -> Supervisor:
+    """Every device of the configuration, open, each with its socket and with its session from an earlier process."""
     config = daemon.config
     supervisor = Supervisor(lanes, given, config.drain_timeout)
+    supervisor.store = FdStore(daemon.notifier, fdstore.take_limit())
     supervisor.exit_on_disconnect = daemon.exit_on_disconnect
     stack.push_async_callback(supervisor.close_all)
     if daemon.inherited is not None:
@@ -172,6 +183,9 @@ async def _open_devices(daemon: _Daemon, stack: AsyncExitStack, lanes: Lanes, gi
         await supervisor.open(spec)
     for spec in config.devices:
         supervisor.listen(spec)
+    supervisor.handed = recover(supervisor.store, stored, supervisor.hosts)
+    await supervisor.store.probe()
+    daemon.supervisor = supervisor
     return supervisor
 
 

@@ -20,12 +20,13 @@ from hcd.device import Device, DeviceBase
 from hcd.device_lane import DeviceLane
 from hcd.doorbell import Doorbell, Path, PathSource, Registry
 from hcd.errors import PluginError
+from hcd.handover.fdstore import FdStore
 from hcd.instruments import Instruments
 from hcd.lanes import Lanes, QueueLane
 from hcd.log import RateLimited
 from hcd.wrappers import Stack
 
-__all__ = ["DeviceHost", "HostBase", "Peer", "RingState", "SessionView"]
+__all__ = ["DeviceHost", "HostBase", "LeavingSession", "Peer", "RingState", "SessionView"]
 
 #: virtio 1.3, 5: what a front end tells the driver about the device's own feature bits
 VERSION_1 = 1 << 32
@@ -76,6 +77,17 @@ class SessionView(Protocol):
     def queues(self) -> Sequence[Virtqueue]: ...
 
 
+class LeavingSession(Protocol):
+    """A session that the next process can go on with."""
+
+    @property
+    def over(self) -> trio.Event:
+        """Set when everything of the session is released."""
+
+    def leave(self) -> None:
+        """Come to an end between two messages, and keep the connection."""
+
+
 class HostBase:
     """What the hosts of all kinds of devices have in common. ``drain_timeout`` in seconds."""
 
@@ -101,6 +113,14 @@ class HostBase:
         self.session: SessionView | None = None
         self.protocol_errors = 0
         self.path_conflict = False
+        #: what the service manager keeps for the next process; None: nothing
+        self.store: FdStore | None = None
+        #: the session that is kept there, while there is one
+        self.kept: LeavingSession | None = None
+        #: sessions of an earlier process that were gone on with, or could not be
+        self.handovers_resumed = 0
+        self.handovers_failed = 0
+        self._accepting = trio.CancelScope()
         #: how often a method other than the handler raised what it must not
         self.device_errors = 0
         self.transport = device.transport
@@ -162,6 +182,18 @@ class HostBase:
         self._hot.remove_device(self.spec.name)
         self._slow.counts.pop(self.spec.name, None)
         self._device.close()
+
+    def accept_scope(self) -> trio.CancelScope:
+        """What peers are accepted in; :meth:`leave` cancels it."""
+        self._accepting = trio.CancelScope()
+        return self._accepting
+
+    async def leave(self) -> None:
+        """Accept nobody any more, and leave the session that is kept to the next process."""
+        self._accepting.cancel()
+        if (session := self.kept) is not None:
+            session.leave()
+            await session.over.wait()
 
     def device_failed(self, what: str, error: Exception) -> None:
         """``what`` (a method of the device) raised ``error``, which is nobody's fault but its own."""

@@ -29,6 +29,8 @@ from hcd.device import Device, DeviceBase, DoorbellDevice
 from hcd.doorbell import Registry
 from hcd.doorbell_host import DoorbellHost
 from hcd.errors import ConfigError, HcdError, PluginError
+from hcd.handover.fdstore import FdStore
+from hcd.handover.recovery import Handed
 from hcd.host import DeviceHost, HostBase
 from hcd.lanes import Lanes
 from hcd.transports import kvm, vhost_user
@@ -39,6 +41,8 @@ __all__ = ["CLOSE_TIMEOUT", "Plan", "Supervisor", "keep_up", "make_plan"]
 RESTART_PAUSE = 1.0
 #: on top of drain_timeout, what closing one device may take (seconds)
 CLOSE_TIMEOUT = 2.0
+#: on top of draining, what leaving sessions to the next process may take (seconds)
+LEAVE_TIMEOUT = 2.0
 
 _log = logging.getLogger("hcd.daemon")
 
@@ -111,6 +115,10 @@ class Supervisor:
         self._lanes = lanes
         self._activation = activation
         self._listeners: dict[str, _Listener] = {}
+        #: what the service manager keeps for the next process
+        self.store: FdStore | None = None
+        #: sessions of an earlier process, by their devices, until they are served
+        self.handed: dict[str, Handed] = {}
         self._tasks: dict[HostBase, _Task] = {}
 
     # -- devices
@@ -128,6 +136,7 @@ class Supervisor:
             _log.exception("%s: opening failed", spec.name)
             raise PluginError(f'device "{spec.name}" ({spec.type}): open() raised {type(exc).__name__}') from exc
         host.on_connection = self._changed
+        host.store = self.store
         self.hosts.append(host)
         return host
 
@@ -217,11 +226,19 @@ class Supervisor:
         else:
             assert isinstance(host, DeviceHost)
             connected = partial(vhost_user.serve_connected, host, sock)
-            serve = partial(vhost_user.serve, host, sock, exit_on_disconnect=once)
+            serve = partial(vhost_user.serve, host, sock, exit_on_disconnect=once, handed=self.handed)
         if listener.connected:
             await connected()
         else:
             await keep_up(host.spec.name, serve)
+
+    async def leave(self) -> None:
+        """Accept nobody any more; sessions that are kept come to an end without their front ends."""
+        # The message that is being handled may wait for requests, and so does the end.
+        with trio.move_on_after(LEAVE_TIMEOUT + 2 * self.drain_timeout):
+            async with trio.open_nursery() as nursery:
+                for host in self.hosts:
+                    nursery.start_soon(host.leave)
 
     async def _end(self, host: HostBase) -> None:
         """End the session of ``host``, then close it."""

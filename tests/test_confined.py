@@ -107,7 +107,7 @@ def test_every_device_works_under_them(confined: Confined, short_dir: Path) -> N
         notify.bind(str(short_dir / "notify"))
         hcd = confined(
             "-m", "hcd", "run", str(short_dir / "hcd.toml"),
-            NOTIFY_SOCKET=str(short_dir / "notify"), WATCHDOG_USEC="30000000",
+            NOTIFY_SOCKET=str(short_dir / "notify"), WATCHDOG_USEC="30000000", FDSTORE="0",
         )
 
         def until(start: bytes) -> None:

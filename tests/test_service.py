@@ -81,7 +81,8 @@ def start(make_distribution: Callable[..., Path], short_dir: Path) -> Iterator[S
         def started(
             *arguments: str, given: Mapping[str, socket.socket] | None = None, extra: Mapping[str, str] | None = None
         ) -> Service:
-            environment = {"NOTIFY_SOCKET": str(short_dir / "notify"), **(extra or {})}
+            # FDSTORE: this manager keeps no descriptors
+            environment = {"NOTIFY_SOCKET": str(short_dir / "notify"), "FDSTORE": "0", **(extra or {})}
             fds: tuple[int, ...] = ()
             launcher: tuple[str, ...] = ()
             if given is not None:

@@ -167,6 +167,10 @@ cdef class Virtqueue:
             self.call_owed = False
             self.interrupt()
 
+    def owe_interrupt(self):
+        """The driver may lack an interrupt: the next call fd gets one."""
+        self.call_owed = True
+
     def set_err(self, int fd):
         """The fd that tells the front end that the ring broke, or -1."""
         self.err_fd = fd

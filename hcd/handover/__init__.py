@@ -4,7 +4,7 @@ Theory of operation (systemd's "File Descriptor Store"; sd_notify(3), FDSTORE=1)
 
 The manager keeps duplicates of descriptors for a service and hands them to its next main process, beside the listening
 sockets. What one session needs to go on is stored there all the time, not only at the end: the connection to the front
-end, its guest memory, the eventfds of its rings, the in-flight region, and a *state file*, a memfd with everything else.
+end, its guest memory, the eventfds of its rings, the in-flight region, and a *state file*, a memfd with all the rest.
 So an orderly end, a crash and kill -9 are recovered from in the same way, and the front end sees a pause.
 
 * ``fdstore``     what the manager keeps, one entry for each open file

@@ -32,7 +32,7 @@ __all__ = ["PREFIX", "Entry", "FdStore", "StoreError", "identity", "take_limit"]
 #: begins the name of every descriptor that hcd stores; no device's name, and so no socket's, has a "/"
 PREFIX = "hcd/"
 #: how long (seconds) the manager may take to confirm what it was sent
-CONFIRM_TIMEOUT = 10.0
+CONFIRM_TIMEOUT = 5.0
 
 _log = logging.getLogger("hcd.handover")
 

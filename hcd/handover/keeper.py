@@ -122,22 +122,19 @@ class Keeper:
             case events.SetBackendReqFd(fd=fd):
                 self._release(self._held.channel)
                 self._held.channel = self._put(fd, "back-channel")
-            case events.SetInflightFd(fd=fd):
-                self._set_inflight(fd, event.mmap_size, event.mmap_offset, event.num_queues, event.queue_size, own=False)
+            case events.SetInflightFd(fd=fd, mmap_size=size, mmap_offset=offset):
+                self._set_inflight(fd, size, offset, event.num_queues, event.queue_size, own=False)
+            case events.ResetDevice() | events.ResetOwner():
+                self._mtu = None  # as Device.disconnect has it
             case _:
                 pass
 
-    def took_effect(self, event: events.Event) -> None:
-        """The device accepted what the driver or the front end told it: the next process tells its device again."""
-        match event:
-            case events.SetConfig(offset=offset, data=data):
-                self._config_writes[offset] = data
-            case events.NetSetMtu(mtu=mtu):
-                self._mtu = mtu
-            case events.ResetDevice() | events.ResetOwner():
-                self._mtu = None
-            case _:
-                pass
+    def accepted(self, event: events.Event) -> None:
+        """The device took what the driver or the front end told it: the next process tells its own device."""
+        if isinstance(event, events.SetConfig):
+            self._config_writes[event.offset] = event.data
+        elif isinstance(event, events.NetSetMtu):
+            self._mtu = event.mtu
 
     def set_spurious(self, index: int, spurious: bool) -> None:
         """Whether the value of the kick eventfd of ring ``index`` counts a ring that nobody rang."""

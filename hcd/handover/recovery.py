@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from hcd.handover.statefile import StateError, StateFile
 from hcd.host import DeviceHost, HostBase
 from hcd.sockets import close_all
 from hcd.systemd import Inherited
+from hcd.transports.accept import hung_up
 
 __all__ = ["Handed", "recover"]
 
@@ -101,7 +101,7 @@ def _check(record: Record, file: StateFile, given: Mapping[str, int], host: Host
         raise StateError("the device is not configured any more")
     if not isinstance(host, DeviceHost) or fingerprint(host.spec) != record.fingerprint:
         raise StateError("the device is configured otherwise now")
-    if record.connection not in given or _hung_up(given[record.connection]):
+    if record.connection not in given or hung_up(given[record.connection]):
         raise StateError("its front end has gone away meanwhile")
     if file.busy:
         raise StateError("the earlier process died while it handled a message")
@@ -109,12 +109,6 @@ def _check(record: Record, file: StateFile, given: Mapping[str, int], host: Host
     if missing:
         raise StateError(f"the service manager did not keep {missing[0]} (and {len(missing) - 1} more); see "
                          "FileDescriptorStoreMax= of the unit")
-
-
-def _hung_up(fd: int) -> bool:
-    poll = select.poll()
-    poll.register(fd, select.POLLRDHUP)
-    return any(flags & (select.POLLRDHUP | select.POLLHUP | select.POLLERR) for _, flags in poll.poll(0))
 
 
 def _copies(record: Record, given: Mapping[str, int]) -> dict[str, list[int]]:

@@ -48,41 +48,47 @@ async def accept_one_at_a_time(
     what: str,
     refuse: Callable[[trio.socket.SocketType], Awaitable[None]] | None = None,
     exit_on_disconnect: bool = False,
+    first: Session | None = None,
 ) -> None:
     """Serve the peers (``what``: "front end", "VMM") that connect to ``listener`` until cancelled.
 
     ``refuse`` tells one that it is refused. ``exit_on_disconnect``: return when the first session has ended.
+    ``first`` is a session that is there already. Cancelling ``host.accepting`` lets the session go on, and no other
+    come.
     """
     accepting = trio.socket.from_stdlib_socket(listener)
     async with trio.open_nursery() as nursery:
-        session: Session | None = None
-        while True:
-            try:
-                sock, _ = await accepting.accept()
-            except OSError as error:
-                if listener.fileno() < 0:
-                    raise
-                host.rare_log.warning(error.errno, "cannot accept a %s: %s", what, error.strerror)
-                await trio.sleep(ACCEPT_PAUSE)
-                continue
-            if session is not None and not session.over.is_set():
-                if not session.hung_up():
-                    host.rare_log.warning(
-                        f"a second {what}",
-                        "a second %s was refused: one is connected already (pid %s)", what, shown_pid(session.peer),
-                    )
-                    nursery.start_soon(_refuse, sock, refuse)
+        session = first
+        if first is not None:
+            nursery.start_soon(_run_session, first, nursery if exit_on_disconnect else None)
+        with host.accept_scope():
+            while True:
+                try:
+                    sock, _ = await accepting.accept()
+                except OSError as error:
+                    if listener.fileno() < 0:
+                        raise
+                    host.rare_log.warning(error.errno, "cannot accept a %s: %s", what, error.strerror)
+                    await trio.sleep(ACCEPT_PAUSE)
                     continue
-                with sock:
-                    await session.over.wait()
-                    sock = sock.dup()
-            try:
-                session = make(sock)
-            except Exception as error:  # the device, when it is asked what it is
-                sock.close()
-                host.device_failed(f"what it is asked when a {what} connects", error)
-                continue
-            nursery.start_soon(_run_session, session, nursery if exit_on_disconnect else None)
+                if session is not None and not session.over.is_set():
+                    if not session.hung_up():
+                        host.rare_log.warning(
+                            f"a second {what}",
+                            "a second %s was refused: one is connected already (pid %s)", what, shown_pid(session.peer),
+                        )
+                        nursery.start_soon(_refuse, sock, refuse)
+                        continue
+                    with sock:
+                        await session.over.wait()
+                        sock = sock.dup()
+                try:
+                    session = make(sock)
+                except Exception as error:  # the device, when it is asked what it is
+                    sock.close()
+                    host.device_failed(f"what it is asked when a {what} connects", error)
+                    continue
+                nursery.start_soon(_run_session, session, nursery if exit_on_disconnect else None)
 
 
 async def _refuse(

@@ -51,16 +51,28 @@ class MessageSocket:
         """Whether the peer closed its end, even if that has not been read yet."""
         return hung_up(self._sock.fileno())
 
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
     def close(self) -> None:
         self._sock.close()
 
     # -- in
 
-    async def receive(self) -> None:
-        """Take one whole message and hand it to the connection. HungUp or ProtocolError."""
+    async def wait(self) -> None:
+        """Return when a whole message is there, or as much of one as can be seen without taking any of it.
+
+        HungUp or ProtocolError. The connection can be handed over as long as nothing was taken.
+        """
         if await self._sock.recv(1, socket.MSG_PEEK) == b"":
             raise HungUp(middle=False)
         await self._until(HEADER_SIZE)
+        header = await self._sock.recv(HEADER_SIZE, socket.MSG_PEEK)
+        if len(header) == HEADER_SIZE:
+            await self._until(self._connection.message_length(header))
+
+    async def receive(self) -> None:
+        """After :meth:`wait`: take one whole message and hand it to the connection. HungUp or ProtocolError."""
         header = await self._sock.recv(HEADER_SIZE, socket.MSG_PEEK)
         seen = 0
         if len(header) < HEADER_SIZE:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import trio
 from hcd_protocols.vhost_user import BackChannel, BackendConnection, events
@@ -28,6 +28,11 @@ from hcd.dataplane.memory import MemoryTable, Region
 from hcd.dataplane.virtqueue import Virtqueue
 from hcd.doorbell import Path, PathSource
 from hcd.errors import DeviceError, ProtocolError
+from hcd.handover.fdstore import StoreError
+from hcd.handover.keeper import Keeper
+from hcd.handover.record import fingerprint
+from hcd.handover.recovery import Handed
+from hcd.handover.resume import resume
 from hcd.host import DeviceHost, RingState
 from hcd.transports.accept import accept_one_at_a_time, peer_of, shown_pid
 from hcd.transports.message_socket import HungUp, MessageSocket, close_all
@@ -71,18 +76,30 @@ def offered_protocol_features(host: DeviceHost) -> int:
     return host.device.protocol_features | int(common)
 
 
-async def serve(host: DeviceHost, listener: socket.socket, *, exit_on_disconnect: bool = False) -> None:
+async def serve(
+    host: DeviceHost,
+    listener: socket.socket,
+    *,
+    exit_on_disconnect: bool = False,
+    handed: dict[str, Handed] | None = None,
+) -> None:
     """Serve front ends that connect to ``listener``, one at a time, until cancelled.
 
-    ``exit_on_disconnect``: return when the first session has ended.
+    ``exit_on_disconnect``: return when the first session has ended. ``handed``: sessions of an earlier process by
+    their devices; that of this one is taken out and is the first.
     """
     qmp_path = _bound_path(listener) or host.spec.socket
+    first = None
+    if handed and (earlier := handed.pop(host.spec.name, None)) is not None:
+        connection = trio.socket.from_stdlib_socket(earlier.connection())
+        first = _Session(host, connection, qmp_path=qmp_path, handed=earlier)
     await accept_one_at_a_time(
         host,
         listener,
         lambda sock: _Session(host, sock, qmp_path=qmp_path),
         what="front end",
         exit_on_disconnect=exit_on_disconnect,
+        first=first,
     )
 
 
@@ -103,7 +120,9 @@ def _bound_path(sock: socket.socket) -> str:
 class _Session:
     """One connection of a front end."""
 
-    def __init__(self, host: DeviceHost, sock: trio.socket.SocketType, *, qmp_path: str) -> None:
+    def __init__(
+        self, host: DeviceHost, sock: trio.socket.SocketType, *, qmp_path: str, handed: Handed | None = None
+    ) -> None:
         self.host = host
         self.over = trio.Event()
         self.peer = peer_of(sock)
@@ -121,6 +140,12 @@ class _Session:
             config_size=self._config_size,
         )
         self._link = MessageSocket(sock, self._conn)
+        self._handed = handed
+        self._keeper = handed.keeper if handed is not None else None
+        self._config = handed.record.config if handed is not None else b""  # as the front end read it last
+        self._leaving = False
+        self._left = False
+        self._idle = trio.CancelScope()
 
     def hung_up(self) -> bool:
         """Whether the front end closed its end, even if hcd has not come round to it yet."""
@@ -154,11 +179,15 @@ class _Session:
         self._backend = await host.lane.run(lambda: Backend(host))
         host.session = self
         host.connected = True
-        host.rare_log.log(logging.INFO, "connections", "front end connected (pid %s)", shown_pid(self.peer))
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch_memory, self._backend.alarm, nursery.cancel_scope)
-                await self._serve(nursery)
+                if self._handed is None:
+                    host.rare_log.log(logging.INFO, "connections", "front end connected (pid %s)", shown_pid(self.peer))
+                    await self._begin_keeping()
+                    await self._serve(nursery)
+                elif await self._resume(self._handed, nursery):
+                    await self._serve(nursery)
                 nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True):
@@ -167,12 +196,9 @@ class _Session:
     async def _serve(self, nursery: trio.Nursery) -> None:
         host = self.host
         try:
-            while True:
-                await self._link.receive()
-                while (event := self._conn.next_event()) is not None:
-                    await self._handle(event, nursery)
-                    await self._link.send()
-                await self._link.send()
+            while await self._message_is_there():
+                await self._take_message(nursery)
+            self._left = self._keeper is not None
         except HungUp as end:
             if end.middle:
                 self._protocol_error("the front end hung up in the middle of a message")
@@ -185,6 +211,29 @@ class _Session:
             host.log.warning("connection to the front end failed: %s", error.strerror or error)
         except Exception as error:  # the device in connect, start_queue ...: it ends this connection, nothing else
             host.device_failed("a method that the connection cannot go on without", error)
+
+    async def _message_is_there(self) -> bool:
+        """Wait for one; False when this process is to leave first."""
+        if not self._leaving:
+            with trio.CancelScope() as self._idle:
+                await self._link.wait()
+                return True
+        return False
+
+    async def _take_message(self, nursery: trio.Nursery) -> None:
+        """Take one message, let it take effect and answer it. Dying in here ends the session."""
+        if self._keeper is not None:
+            self._keeper.busy = True
+        await self._link.receive()
+        while (event := self._conn.next_event()) is not None:
+            await self._keep(lambda keeper: keeper.take(event))
+            await self._handle(event, nursery)
+            await self._commit()
+            await self._link.send()
+        await self._commit()
+        await self._link.send()
+        if self._keeper is not None:
+            self._keeper.busy = False
 
     async def _watch_memory(self, alarm: int, session: trio.CancelScope) -> None:
         """End the session when the front end truncates the memory that it shared."""
@@ -203,8 +252,11 @@ class _Session:
         host.device.notify_config_change = lambda: None
         if backend is not None:
             await self._drain_all(backend)
+            if self._left:
+                await self._park(backend)
             await host.lane.run(backend.close)
             await host.lane.run(self._give_up_path)
+        self._stop_keeping()
         self._link.close()
         if self._back_channel is not None:
             self._back_channel.close()
@@ -219,6 +271,90 @@ class _Session:
         with trio.move_on_after(self.host.drain_timeout):
             await drained.wait(busy)
 
+    # -- the next process, and the one before
+
+    def leave(self) -> None:
+        """End between two messages; the next process goes on. See :mod:`hcd.handover`."""
+        self._leaving = True
+        self._idle.cancel()
+
+    async def _begin_keeping(self) -> None:
+        host = self.host
+        if host.store is None or not host.store.usable:
+            return
+        try:
+            self._keeper = Keeper.begin(host.store, host.spec.name, fingerprint(host.spec), self._link.fileno())
+        except StoreError as error:
+            self._cannot_keep(error)
+            return
+        host.kept = self
+        await self._commit()
+        if self._keeper is not None:
+            self._keeper.busy = False
+
+    async def _resume(self, handed: Handed, nursery: trio.Nursery) -> bool:
+        """Go on with the session of an earlier process; whether that worked."""
+        host, backend = self.host, self._backend
+        assert backend is not None
+        record = handed.record
+        try:
+            if record.config and len(record.config) != self._config_size:
+                raise ValueError(f"its configuration space had {len(record.config)} bytes, now {self._config_size}")
+            channel = handed.take(record.channel)
+            if channel >= 0:
+                self._open_back_channel(channel)
+            await resume(handed, self._conn, backend)
+        except Exception as error:
+            host.handovers_failed += 1
+            host.log.warning("the session of an earlier process ends: %s", error)
+            if not isinstance(error, ValueError | ProtocolError | OSError):
+                host.device_failed("a method that the connection cannot go on without", error)
+            return False
+        finally:
+            close_all(fd for name in list(handed.fds) for fd in handed.fds.pop(name))
+        host.kept = self
+        host.handovers_resumed += 1
+        host.log.info("went on with the front end (pid %s) of an earlier process", shown_pid(self.peer))
+        await self._commit()
+        if record.session.features:
+            self._ask_for_path(record.session.features, nursery)
+        if record.config and await host.lane.run(host.device.config) != record.config:
+            host.device.notify_config_change()
+        return True
+
+    async def _keep(self, action: Callable[[Keeper], None]) -> None:
+        if self._keeper is not None:
+            try:
+                action(self._keeper)
+            except StoreError as error:
+                self._cannot_keep(error)
+
+    async def _commit(self, bases: Mapping[int, int] | None = None) -> None:
+        """The next process would go on from here."""
+        if self._keeper is not None and not self._conn.failed:
+            try:
+                await self._keeper.commit(self._conn.save(), self._config, bases)
+            except StoreError as error:
+                self._cannot_keep(error)
+
+    async def _park(self, backend: Backend) -> None:
+        await self._commit(await self.host.lane.run(backend.park))
+        self._left = self._keeper is not None
+
+    def _cannot_keep(self, error: StoreError) -> None:
+        self.host.rare_log.warning("not kept", "a restart of hcd will end this connection: %s", error)
+        self._left = False
+        self._stop_keeping()
+
+    def _stop_keeping(self) -> None:
+        self.host.kept = None
+        if self._keeper is not None:
+            if self._left:
+                self._keeper.leave()
+            else:
+                self._keeper.end()
+            self._keeper = None
+
     # -- messages
 
     async def _handle(self, event: events.Event, nursery: trio.Nursery) -> None:
@@ -231,7 +367,10 @@ class _Session:
             case events.GetStatus():
                 self._conn.reply_status(event, self._conn.status)
             case events.SetConfig() | events.NetSetMtu() | events.SendRarp():
-                self._conn.ack(event, await self._ask_device(event))
+                accepted = await self._ask_device(event)
+                if accepted and self._keeper is not None:
+                    self._keeper.accepted(event)
+                self._conn.ack(event, accepted)
             case events.SetMemTable() | events.AddMemReg() | events.RemMemReg():
                 await self._change_memory(event)
                 self._conn.ack(event)
@@ -263,7 +402,9 @@ class _Session:
             case events.SetVringAddr(index=index, desc=desc, avail=avail, used=used):
                 await run(lambda: backend.set_addresses(index, desc, avail, used))
             case events.SetVringKick(index=index, fd=fd):
-                await run(lambda: backend.set_kick(index, fd))
+                spurious = await run(lambda: backend.set_kick(index, fd))
+                if self._keeper is not None:
+                    self._keeper.set_spurious(index, spurious)
             case events.SetVringCall(index=index, fd=fd):
                 await run(lambda: backend.set_call(index, fd))
             case events.SetVringErr(index=index, fd=fd):
@@ -308,6 +449,7 @@ class _Session:
         except Exception as error:
             self.host.device_failed("config()", error)
             return b""
+        self._config = config
         return config[event.offset : event.offset + event.size]
 
     async def _ask_device(self, event: events.Event) -> bool:
