@@ -6,10 +6,10 @@ entries go by file, not by use: the second use of a file is one more user of its
 the store when the last user has gone.
 
 systemd also drops what hangs up or fails when polled, unless FDPOLL=0 is sent along. That is wanted for connections. An
-eventfd "fails" as soon as its counter is full, which a guest can bring about, so the others are stored with FDPOLL=0.
+eventfd "fails" once its counter is full, which a guest can bring about, so the others are stored with FDPOLL=0.
 
-Nothing tells a service that the store was full. Its size is in $FDSTORE from systemd 254 on; the units of hcd set it for
-older ones too. A descriptor that was dropped all the same is missed when a session is taken up again.
+Nothing tells a service that the store was full. Its size is in $FDSTORE from systemd 254 on; the units of hcd set it
+for older ones too. A descriptor that was dropped all the same is missed when a session is taken up again.
 
 For trio's thread only.
 """
@@ -170,7 +170,7 @@ class FdStore:
 
 
 def identity(fd: int) -> Identity:
-    """Equal for all descriptors of one open file. Others that are equal do as well: the same file, open for the same."""
+    """Equal for all descriptors of one open file; others that are equal do as well: the same file, opened alike."""
     status = os.fstat(fd)
     if stat.S_IFMT(status.st_mode):
         return (status.st_dev, status.st_ino, fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE)
