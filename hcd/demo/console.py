@@ -74,18 +74,22 @@ class Guest:
 
     def wait_for(self, key: str, timeout: float = 90) -> str:
         """The value of ``key`` as soon as the guest says it (seconds); GuestFailedError if it never does."""
+        return self.wait_until(key, lambda _value: True, timeout)
+
+    def wait_until(self, key: str, wanted: Callable[[str], bool], timeout: float = 90) -> str:
+        """The same for a value of ``key`` that is ``wanted``."""
         deadline = time.monotonic() + timeout
         with self._changed:
-            while key not in self.values:
+            while key not in self.values or not wanted(self.values[key]):
                 if key != "status" and "status" in self.values:
-                    raise self._failure(f"finished with status {self.values['status']} and never said {key!r}")
+                    raise self._failure(f"finished with status {self.values['status']} before it said {key!r}")
                 if self._fatal or self._ended:
                     raise self._failure(
                         self._fatal or f"ended (exit status {self.process.wait()}) before it said {key!r}"
                     )
                 left = deadline - time.monotonic()
                 if left <= 0 or not self._changed.wait(left):
-                    raise self._failure(f"said no {key!r} within {timeout:g} s")
+                    raise self._failure(f"said no {key!r} that was waited for within {timeout:g} s")
             return self.values[key]
 
     def wait(self, timeout: float = 90) -> dict[str, str]:

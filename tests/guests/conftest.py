@@ -6,7 +6,7 @@ import functools
 import json
 import socket
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,28 @@ def _archive(arch: str, modules: tuple[str, ...], tools: tuple[tuple[str, str], 
 
 @pytest.fixture
 def boot(short_dir: Path, need: Callable[..., None]) -> Iterator[Callable[..., Guest]]:
-    """``boot(vm, job, modules)`` starts a guest in QEMU; all that were started end with the test."""
+    """``boot(vm, job, modules)`` starts a guest in QEMU; all that were started end with the test.
+
+    ``programs`` are more programs for the guest, by their names.
+    """
     guests: list[Guest] = []
 
-    def start(vm: qemu.Vm, job: str, modules: Sequence[str], *, tools: bool = False) -> Guest:
+    def start(
+        vm: qemu.Vm,
+        job: str,
+        modules: Sequence[str],
+        *,
+        tools: bool = False,
+        programs: Mapping[str, bytes] | None = None,
+    ) -> Guest:
         need(vm.kind.program, "apt-get", "dpkg")
         archive = _archive(vm.kind.arch, (*vm.kind.bus_modules, *modules), E2FSPROGS if tools else ())
         name = f"guest{len(guests)}"
         initrd = short_dir / f"{name}.cpio"
-        initrd.write_bytes(archive + jobs.job_tree(job).cpio())
+        tree = jobs.job_tree(job)
+        for program, data in (programs or {}).items():
+            tree.add_file(f"/bin/{program}", data, executable=True)
+        initrd.write_bytes(archive + tree.cpio())
         command = vm.command(packages.guest_files(vm.kind.arch), initrd)
         guests.append(Guest(name, command, short_dir / f"{name}.log"))
         return guests[-1]
