@@ -43,6 +43,7 @@ class Disk:
     def __init__(self, store: BlockStore, features: int = V1, scheduler: Scheduler | None = None) -> None:
         self.store = store
         self.errors: list[Exception] = []
+        self.submits = True
         store.on_error = lambda _, error: self.errors.append(error)
         self.memory = SharedMemory.of_size(8 << 20)
         self.table = map_memory(self.memory)
@@ -67,7 +68,8 @@ class Disk:
             else:
                 act = self.store.discard if kind == DISCARD else self.store.write_zeroes
                 act(request, [(first, n, bool(flags)) for first, n, flags in SEGMENT.iter_unpack(request.read())])
-        self.store.submit()
+        if self.submits:
+            self.store.submit()
 
     def issue(self, *requests: BlockRequest) -> None:
         """Put ``requests`` into the ring and give the device one turn."""
@@ -123,6 +125,13 @@ class Images:
         store = BlockFile(os.open(path, flags), size, read_only=read_only, workers=workers)
         return self.keep(Disk(store, features))
 
+    def direct(self, path: Path, features: int = V1, *, uring: bool = True, workers: int = 4) -> Disk:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_DIRECT)
+        except OSError:
+            pytest.skip(f"no O_DIRECT in {path.parent}")
+        return self.keep(Disk(BlockFile(fd, workers=workers, ring=uring), features))
+
     def keep(self, disk: Disk) -> Disk:
         self.disks.append(disk)
         return disk
@@ -142,11 +151,13 @@ def ring(request: pytest.FixtureRequest) -> int:
     return features
 
 
-@pytest.fixture(params=["file", "ram"])
+@pytest.fixture(params=["file", "ram", "direct", "direct, threads"])
 def disk(request: pytest.FixtureRequest, ring: int, images: Images) -> Disk:
     if request.param == "ram":
         return images.keep(Disk(BlockRam(1 << 20), ring))
-    return images.disk(images.file(), ring)
+    if request.param == "file":
+        return images.disk(images.file(), ring)
+    return images.direct(images.file(), ring, uring=request.param == "direct")
 
 
 def cached(path: Path) -> list[int]:
@@ -352,6 +363,100 @@ def test_an_idle_file_has_no_threads(images: Images) -> None:
     assert isinstance(disk.store, BlockFile)
     if disk.store.nowait:
         assert workers() == []
+
+
+# -- past the page cache
+
+
+def ring_of(disk: Disk) -> BlockFile:
+    """The disk's file; the test is skipped where the kernel gives no io_uring."""
+    assert isinstance(disk.store, BlockFile)
+    if disk.store.ring_jobs < 0:
+        pytest.skip("no io_uring here")
+    return disk.store
+
+
+def test_the_ring_does_whole_transfers_without_a_thread(images: Images) -> None:
+    path = images.file(pattern(1 << 20))
+    disk = images.direct(path)
+    store = ring_of(disk)
+    data = pattern(16 << 10, 5)
+    written, read = disk.do(BlockRequest(OUT, 64, data), BlockRequest(IN, 1024, length=8192))
+    assert {written.status, read.status} == {OK}
+    assert path.read_bytes()[64 * SECTOR :][: len(data)] == data
+    assert (store.jobs, store.ring_jobs, store.ring_rest, store.inflight, workers()) == (2, 2, 0, 0, [])
+
+
+def test_memory_of_any_alignment_goes_past_the_page_cache(images: Images) -> None:
+    content = pattern(1 << 20)
+    disk = images.direct(images.file(content))
+    store = ring_of(disk)
+    read = disk.one(IN, 8, length=8192, pieces=(101, 3000))
+    assert read.result == content[8 * SECTOR :][:8192]
+    assert store.ring_jobs == 1    # whether a thread has to go on is up to kernel and disk
+
+
+def test_more_than_the_ring_holds(images: Images) -> None:
+    """What finds no room in the ring, and what has too many pieces for it, is done all the same."""
+    content = pattern(1 << 20)
+    disk = images.direct(images.file(content), V1 | int(RingFeature.INDIRECT_DESC))
+    store = ring_of(disk)
+    many = [BlockRequest(IN, 8 * i, length=4096, indirect=True) for i in range(200)]
+    disk.issue(*many, BlockRequest(IN, 0, length=40 * SECTOR, pieces=(SECTOR,) * 40, indirect=True))
+    for _ in range(4):    # a turn takes some
+        disk.issue()
+    assert store.inflight == 201
+    disk.finish()
+    assert [r.result for r in many] == [content[4096 * i :][:4096] for i in range(200)]
+    assert store.ring_jobs < 201
+    assert store.inflight == 0
+
+
+def test_the_end_of_a_file_that_was_cut_short_is_an_error_of_the_file(images: Images) -> None:
+    path = images.file()
+    disk = images.direct(path)
+    store = ring_of(disk)
+    os.truncate(path, 4096)
+    across, inside = BlockRequest(IN, 0, length=8192), BlockRequest(IN, 0, length=4096)
+    disk.do(across, inside)
+    assert (across.status, inside.status) == (IOERR, OK)
+    assert (store.errors, store.refusals, store.ring_rest) == (1, 0, 1)
+
+
+def test_writethrough_holds_for_the_ring(images: Images) -> None:
+    path = images.file()
+    disk = images.direct(path)
+    store = ring_of(disk)
+    store.writethrough = True
+    assert disk.one(OUT, 0, pattern(4096)).status == OK
+    assert path.read_bytes()[:4096] == pattern(4096)
+    assert store.ring_jobs == 1
+
+
+def test_memory_that_is_gone_before_the_ring_sees_it_is_the_guest_s_fault(images: Images) -> None:
+    path = images.file(b"\xee" * (1 << 20))
+    disk = images.direct(path)
+    ring_of(disk)
+    disk.submits = False
+    disk.issue(BlockRequest(OUT, 0, b"\1" * 4096))
+    disk.queue.device.stop()
+    disk.table.revoke()
+    disk.store.submit()
+    while disk.queue.stats.inflight:
+        disk.reap()
+    assert path.read_bytes() == b"\xee" * (1 << 20)
+    assert (disk.store.errors, disk.store.refusals) == (0, 1)
+
+
+def test_closing_waits_for_what_the_disk_has(images: Images) -> None:
+    """The descriptors and the ring are gone afterwards, and every request has been completed."""
+    disk = images.direct(images.file())
+    store = ring_of(disk)
+    disk.issue(*(BlockRequest(OUT, 8 * i, pattern(4096, i)) for i in range(60)))
+    assert store.close()
+    assert (store.inflight, disk.queue.stats.inflight) == (0, 0)
+    links = [os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if os.path.islink(entry.path)]
+    assert not [link for link in links if "io_uring" in link]
 
 
 # -- mistakes of the guest

@@ -15,6 +15,8 @@
  *   pwrite(2) would fill, without its price of several copies (it takes locks and talks to the journal each time; the
  *   mapping does that once for a page until it is written back). fdatasync(2) covers both. A copy that faults (the disk
  *   is full, the file was cut short, the guest's memory went away) is done again by pwrite, which says why.
+ * - Reads and writes of a file that was opened with O_DIRECT go to an io_uring first (_uring.h), and to the lines only
+ *   with what it did not do.
  * - No Python here: a job's `request` is carried, never looked at. Its scatter list and the guest memory behind it stay
  *   valid because whoever made the job holds references. Memory that was revoked meanwhile makes the system call fail
  *   with EFAULT.
@@ -24,6 +26,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <linux/falloc.h>
 #include <linux/fs.h>
 #include <pthread.h>
@@ -38,6 +41,7 @@
 #include <unistd.h>
 
 #include "_atomics.h"
+#include "_uring.h"
 
 #define HCD_POOL_MOST 16            /* threads of one pool */
 #define HCD_POOL_BATCH 16           /* writes that a thread takes at once */
@@ -98,6 +102,9 @@ typedef struct {
     int stopping;
     char *map;                      /* the file, or NULL */
     uint64_t map_length;
+    hcd_uring *ring;                /* or NULL; under the lock */
+    uint64_t ring_jobs;             /* that the ring took */
+    uint64_t ring_rest;             /* of which a thread had to do the rest */
     int (*copy)(void *to, const void *from, size_t n);      /* -1 when either side faulted */
     pthread_t handles[HCD_POOL_MOST];
 } hcd_pool;
@@ -135,12 +142,13 @@ static inline hcd_job *hcd_list_take(hcd_list *list)
 
 /* -- doing one job */
 
-static int hcd_job_pieces(const hcd_job *job, struct iovec *to)
+/* The scatter list of what is left, up to `most` pieces; their number. */
+static int hcd_job_pieces(const hcd_job *job, struct iovec *to, int most)
 {
     const struct iovec *from = job->iov;
     uint64_t left = job->left, at = job->at;
     int n = 0;
-    while (left && n < HCD_PIECES) {
+    while (left && n < most) {
         uint64_t part = from->iov_len - at;
         if (part > left)
             part = left;
@@ -171,7 +179,7 @@ static void hcd_job_advance(hcd_job *job, uint64_t n)
 static ssize_t hcd_job_detour(int fd, const hcd_job *job, char *buffer, int flags)
 {
     struct iovec iov[HCD_PIECES], own = { buffer, 0 };
-    int n = hcd_job_pieces(job, iov);
+    int n = hcd_job_pieces(job, iov, HCD_PIECES);
     for (int i = 0; i < n && own.iov_len < HCD_DETOUR; i++) {
         if (iov[i].iov_len > HCD_DETOUR - own.iov_len)
             iov[i].iov_len = HCD_DETOUR - own.iov_len;
@@ -195,7 +203,7 @@ static int hcd_job_parts(int fd, hcd_job *job, int direct, char **buffer)
     struct iovec iov[HCD_PIECES];
     int flags = job->kind == HCD_WRITE && job->sync ? RWF_DSYNC : 0;
     while (job->left) {
-        int n = hcd_job_pieces(job, iov);
+        int n = hcd_job_pieces(job, iov, HCD_PIECES);
         ssize_t got = *buffer != NULL ? hcd_job_detour(fd, job, *buffer, flags)
                       : job->kind == HCD_WRITE ? pwritev2(fd, iov, n, (off_t)job->offset, flags)
                                                : preadv(fd, iov, n, (off_t)job->offset);
@@ -239,7 +247,7 @@ static int hcd_job_mapped(const hcd_pool *pool, hcd_job *job)
     uint64_t at = job->offset, left = job->left;
     if (pool->map == NULL || job->sync || left > HCD_MAPPED_MOST || at + left > pool->map_length)
         return 0;
-    int n = hcd_job_pieces(job, iov);
+    int n = hcd_job_pieces(job, iov, HCD_PIECES);
     for (int i = 0; i < n; i++)
         left -= iov[i].iov_len;
     if (left || !hcd_pool_cached(pool, at, job->left))
@@ -488,10 +496,88 @@ static void *hcd_pool_main(void *arg)
     return NULL;
 }
 
+/* -- the ring; all locked */
+
+/* Whether the ring takes the job with its next call of the kernel. */
+static int hcd_ring_take(hcd_pool *pool, hcd_job *job)
+{
+    if (job->kind != HCD_READ && job->kind != HCD_WRITE)
+        return 0;
+    struct iovec *iov = hcd_uring_room(pool->ring);
+    if (iov == NULL)
+        return 0;
+    int n = hcd_job_pieces(job, iov, HCD_URING_PIECES);
+    uint64_t covered = 0;
+    for (int i = 0; i < n; i++)
+        covered += iov[i].iov_len;
+    if (covered < job->left)
+        return 0;
+    int write = job->kind == HCD_WRITE;
+    hcd_uring_queue(pool->ring, pool->fd, write, n, job->offset, write && job->sync ? RWF_DSYNC : 0, job);
+    return 1;
+}
+
+/* Gives the ring what it takes of `batch`; the rest stays. */
+static void hcd_ring_submit(hcd_pool *pool, hcd_list *batch)
+{
+    hcd_job *taken[HCD_URING_ENTRIES];
+    unsigned n = 0;
+    hcd_list rest;
+    hcd_list_clear(&rest);
+    while (batch->first != NULL) {
+        hcd_job *job = hcd_list_take(batch);
+        if (hcd_ring_take(pool, job))
+            taken[n++] = job;
+        else
+            hcd_list_add(&rest, job);
+    }
+    unsigned refused = hcd_uring_submit(pool->ring);
+    for (unsigned i = n - refused; i < n; i++)
+        hcd_list_add(&rest, taken[i]);
+    pool->ring_jobs += n - refused;
+    hcd_list_move(batch, &rest);
+}
+
+/* What came back whole goes to `done`, the others to `rest`, advanced by what was moved. */
+static void hcd_ring_reap(hcd_pool *pool, hcd_list *done, hcd_list *rest)
+{
+    int result;
+    hcd_job *job;
+    while ((job = hcd_uring_reap(pool->ring, &result)) != NULL) {
+        if (result > 0)
+            hcd_job_advance(job, (uint64_t)result);
+        pool->ring_rest += job->left != 0;
+        hcd_list_add(job->left ? rest : done, job);
+    }
+}
+
+/* Waits until the kernel has given everything back, or for `until`; whether it has. What is not whole is cancelled. */
+static int hcd_ring_drain(hcd_pool *pool, const struct timespec *until)
+{
+    while (pool->ring != NULL && pool->ring->with_kernel) {
+        hcd_list rest;
+        hcd_list_clear(&rest);
+        hcd_ring_reap(pool, &pool->done, &rest);
+        for (hcd_job *job = rest.first; job != NULL; job = job->next)
+            job->error = ECANCELED;
+        hcd_list_move(&pool->done, &rest);
+        if (!pool->ring->with_kernel)
+            break;
+        struct pollfd one = { pool->ring->fd, POLLIN, 0 };
+        struct timespec now;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        long ms = (until->tv_sec - now.tv_sec) * 1000 + (until->tv_nsec - now.tv_nsec) / 1000000;
+        if (ms <= 0)
+            return 0;
+        poll(&one, 1, (int)ms);
+    }
+    return 1;
+}
+
 /* -- what the file calls */
 
 /* NULL with errno when it cannot be had. `fd` stays the caller's. */
-static hcd_pool *hcd_pool_new(int fd, int block_device, int most)
+static hcd_pool *hcd_pool_new(int fd, int block_device, int most, int ring)
 {
     hcd_pool *pool = calloc(1, sizeof(*pool));
     pthread_condattr_t attributes;
@@ -515,6 +601,8 @@ static hcd_pool *hcd_pool_new(int fd, int block_device, int most)
     pool->block_device = block_device;
     pool->direct = (fcntl(fd, F_GETFL) & O_DIRECT) != 0;
     pool->most = most;
+    if (pool->direct && ring)
+        pool->ring = hcd_uring_new(pool->done_fd);
     return pool;
 }
 
@@ -543,21 +631,31 @@ static void hcd_pool_cancel(hcd_pool *pool, int error)
     }
 }
 
-/* Takes the jobs of `batch` over. */
-static void hcd_pool_submit(hcd_pool *pool, hcd_list *batch)
+/* Locked. Puts the jobs of `batch` into the lines of the threads; whether a thread, and whether the file, is to be told. */
+static int hcd_pool_line_up(hcd_pool *pool, hcd_list *batch, int *tell)
 {
-    int signal, tell = 0;
-    pthread_mutex_lock(&pool->lock);
     while (batch->first != NULL) {
         hcd_job *job = hcd_list_take(batch);
         job->seq = pool->seq++;
         hcd_list_add(&pool->lines[hcd_job_line(pool, job)], job);
     }
-    signal = hcd_pool_help(pool);
+    int signal = hcd_pool_help(pool);
     if (pool->threads == 0 || pool->stopping) {       /* no thread could be started, or none will be */
-        tell = pool->done.first == NULL;
+        *tell = pool->done.first == NULL;
         hcd_pool_cancel(pool, pool->stopping ? ECANCELED : EAGAIN);
     }
+    return signal;
+}
+
+/* Takes the jobs of `batch` over. */
+static void hcd_pool_submit(hcd_pool *pool, hcd_list *batch)
+{
+    int signal = 0, tell = 0;
+    pthread_mutex_lock(&pool->lock);
+    if (pool->ring != NULL && !pool->stopping)
+        hcd_ring_submit(pool, batch);
+    if (batch->first != NULL)
+        signal = hcd_pool_line_up(pool, batch, &tell);
     pthread_mutex_unlock(&pool->lock);
     if (signal)
         pthread_cond_signal(&pool->work);
@@ -569,10 +667,20 @@ static void hcd_pool_submit(hcd_pool *pool, hcd_list *batch)
 static hcd_job *hcd_pool_finished(hcd_pool *pool)
 {
     hcd_job *jobs;
+    int signal = 0, tell = 0;
+    hcd_list rest;
+    hcd_list_clear(&rest);
     pthread_mutex_lock(&pool->lock);
+    if (pool->ring != NULL) {
+        hcd_ring_reap(pool, &pool->done, &rest);
+        if (rest.first != NULL)
+            signal = hcd_pool_line_up(pool, &rest, &tell);      /* no need to tell: they are taken here */
+    }
     jobs = pool->done.first;
     hcd_list_clear(&pool->done);
     pthread_mutex_unlock(&pool->lock);
+    if (signal)
+        pthread_cond_signal(&pool->work);
     return jobs;
 }
 
@@ -593,7 +701,7 @@ static int hcd_pool_stop(hcd_pool *pool, long ms)
     pthread_cond_broadcast(&pool->work);
     while (pool->threads && pthread_cond_timedwait(&pool->gone, &pool->lock, &until) == 0)
         ;
-    int ended = pool->threads == 0;
+    int ended = hcd_ring_drain(pool, &until) && pool->threads == 0;
     pthread_mutex_unlock(&pool->lock);
     for (int i = 0; ended && i < pool->started; i++)
         pthread_join(pool->handles[i], NULL);
@@ -605,6 +713,7 @@ static int hcd_pool_stop(hcd_pool *pool, long ms)
 /* After hcd_pool_stop said yes. */
 static void hcd_pool_free(hcd_pool *pool)
 {
+    hcd_uring_free(pool->ring);
     close(pool->done_fd);
     if (pool->map != NULL)
         munmap(pool->map, pool->map_length);

@@ -26,6 +26,9 @@ cdef extern from "_blockio.h" nogil:
     ctypedef struct hcd_pool:
         int done_fd
         int threads
+        void *ring
+        uint64_t ring_jobs
+        uint64_t ring_rest
 
 cdef class BlockStore:
     cdef readonly uint64_t size          # bytes, whole sectors

@@ -52,13 +52,14 @@ class BlockFile(BlockStore):
 
     ``size`` -1: as large as the file is, cut to whole sectors. Reads are served at once from the page cache where the
     file can do RWF_NOWAIT; everything else goes to up to ``workers`` threads, which start when they are needed, and
-    completes out of order.
+    completes out of order. Past the page cache (a descriptor with O_DIRECT) reads and writes go to an io_uring first, if
+    ``ring`` allows it and the kernel has it: the threads get what it could not do in one go.
 
     ``close`` fails requests that no thread has begun (their status is an I/O error) and waits up to ``timeout`` seconds
     for those that run. If one hangs for longer, its thread, descriptor and memory stay, and ``close`` can be called again.
     """
 
-    def __init__(self, fd: int, size: int = -1, *, read_only: bool = False, workers: int = 4) -> None: ...
+    def __init__(self, fd: int, size: int = -1, *, read_only: bool = False, workers: int = 4, ring: bool = True) -> None: ...
     @property
     def nowait(self) -> bool: ...  # whether reads are tried without waiting
     @property
@@ -69,6 +70,10 @@ class BlockFile(BlockStore):
     def jobs(self) -> int: ...  # requests handed to the worker
     @property
     def batches(self) -> int: ...  # in so many batches
+    @property
+    def ring_jobs(self) -> int: ...  # of these, taken by the io_uring; -1: there is none
+    @property
+    def ring_rest(self) -> int: ...  # of these, finished by a thread
 
 class BlockRam(BlockStore):
     """``size`` bytes of zeroes in memory, lazily allocated, gone at ``close``. Discarded ranges read as zeroes."""

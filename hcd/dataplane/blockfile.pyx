@@ -8,7 +8,7 @@ Theory of operation.
   short at the edge of what is cached; the worker goes on from there. Files that don't know RWF_NOWAIT (tmpfs) or would wait in spite of it
   (O_DIRECT) are found out when they are opened.
 * Writes, flushes and the rest always wait for somebody. They are collected while the handler runs and handed to the
-  worker (_blockio.h) in one batch by ``submit``; results come back through one eventfd and are completed by ``reap``.
+  worker (_blockio.h; past the page cache an io_uring) in one batch by ``submit``; results come back through one eventfd and are completed by ``reap``.
 * A request with the worker must not lose its scatter list or its guest memory, whatever happens to its queue: the job
   holds a reference to the request and one to the memory table. Memory that was revoked makes the worker's system call
   fail with EFAULT, which is no fault of the disk.
@@ -57,7 +57,7 @@ cdef extern from "_blockio.h" nogil:
     void hcd_list_clear(hcd_list *list)
     void hcd_list_add(hcd_list *list, hcd_job *job)
     hcd_job *hcd_list_take(hcd_list *list)
-    hcd_pool *hcd_pool_new(int fd, int block_device, int most)
+    hcd_pool *hcd_pool_new(int fd, int block_device, int most, int ring)
     void hcd_pool_map(hcd_pool *pool, uint64_t length, int (*copy)(void *, const void *, size_t) noexcept nogil)
     void hcd_pool_submit(hcd_pool *pool, hcd_list *batch)
     hcd_job *hcd_pool_finished(hcd_pool *pool)
@@ -192,7 +192,7 @@ cdef class BlockStore:
 cdef class BlockFile(BlockStore):
     """A file or block device."""
 
-    def __cinit__(self, int fd, int64_t size=-1, *, bint read_only=False, int workers=4):
+    def __cinit__(self, int fd, int64_t size=-1, *, bint read_only=False, int workers=4, bint ring=True):
         cdef char byte
         cdef iovec iov
         hcd_list_clear(&self.batch)
@@ -208,7 +208,7 @@ cdef class BlockFile(BlockStore):
         iov.iov_len = 1
         self.nowait = not fcntl(fd, F_GETFL) & O_DIRECT and (
             preadv2(fd, &iov, 1, 0, RWF_NOWAIT) >= 0 or errno == EAGAIN)
-        self.pool = hcd_pool_new(fd, stat.S_ISBLK(mode), workers)
+        self.pool = hcd_pool_new(fd, stat.S_ISBLK(mode), workers, ring)
         if self.pool == NULL:
             raise OSError(errno, os.strerror(errno))
         if not read_only:
@@ -230,6 +230,14 @@ cdef class BlockFile(BlockStore):
             job = self.spare
             self.spare = job.next
             free(job)
+
+    @property
+    def ring_jobs(self):
+        return self.pool.ring_jobs if self.pool != NULL and self.pool.ring != NULL else -1
+
+    @property
+    def ring_rest(self):
+        return self.pool.ring_rest if self.pool != NULL else 0
 
     # -- requests
 
@@ -357,7 +365,11 @@ cdef class BlockFile(BlockStore):
         if self.batch.first == NULL:
             return
         self.batches += 1
-        hcd_pool_submit(self.pool, &self.batch)
+        if self.pool.ring != NULL:
+            with nogil:           # the kernel takes a while to start transfers that go past the page cache
+                hcd_pool_submit(self.pool, &self.batch)
+        else:
+            hcd_pool_submit(self.pool, &self.batch)
 
     def fileno(self):
         return self.pool.done_fd if self.pool != NULL else -1
