@@ -1,11 +1,18 @@
 """Device types, found through entry points of the group "hcd.devices".
 
 Only a type that is asked for by name is imported: one broken plug-in that nobody uses harms nobody.
+
+Looking through every installed distribution takes a millisecond or more of the interpreter's time, which a reactor that
+serves rings beside it waits for. So what was found is kept until a directory of Python's path changes, as it does when
+something is installed.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -29,7 +36,7 @@ RESERVED = frozenset(
 
 def names() -> list[str]:
     """Every installed type, sorted. Nothing is imported."""
-    return sorted({entry.name for entry in entry_points(group=GROUP)})
+    return sorted({entry.name for entry in _entries()})
 
 
 def origin(entry: EntryPoint) -> str:
@@ -76,8 +83,28 @@ def create(type_name: str, name: str, options: Mapping[str, Any]) -> DeviceBase:
         raise _refused(_entry(type_name), f"cannot be made: {type(exc).__name__}: {exc}") from exc
 
 
+def _entries() -> tuple[EntryPoint, ...]:
+    return _installed(tuple((path, _changed(path)) for path in sys.path))
+
+
+@lru_cache(maxsize=1)
+def _installed(path: tuple[tuple[str, int], ...]) -> tuple[EntryPoint, ...]:
+    """Every entry of the group on ``path``: that of Python, with the time at which each directory changed last."""
+    return tuple(entry_points(group=GROUP))
+
+
+def _changed(directory: str) -> int:
+    try:
+        return os.stat(directory or ".").st_mtime_ns
+    except OSError:
+        return 0
+
+
 def _entry(name: str) -> EntryPoint:
-    entries = list(entry_points(group=GROUP, name=name))
+    entries = [entry for entry in _entries() if entry.name == name]
+    if not entries:  # it may be that we looked while it was being installed
+        _installed.cache_clear()
+        entries = [entry for entry in _entries() if entry.name == name]
     if not entries:
         known = names()
         hint = opt.did_you_mean(name, known)

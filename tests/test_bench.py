@@ -60,7 +60,7 @@ socket = "{dir}/c.sock"
 SHORT = 0.05
 BLK_FIELDS = {
     "requests", "seconds", "per_second", "p50", "p99", "p999", "kicks_per_request", "calls_per_request", "errors",
-    "mismatches", "cpu_per_million", "peak_memory", "case",
+    "mismatches", "longest_gap", "cpu_per_million", "peak_memory", "case",
 }
 NET_FIELDS = {
     "sent", "received", "dropped", "wrong", "strangers", "seconds", "sent_per_second", "received_per_second", "p50",
@@ -102,6 +102,7 @@ def test_every_kind_of_ring_moves_what_was_written(
     assert found["requests"] > 0
     assert (found["errors"], found["mismatches"]) == (0, 0)
     assert 0 < found["p50"] <= found["p99"] <= found["p999"]
+    assert found["longest_gap"] > 0
     assert found["peak_memory"] > 2 << 20
     assert found["case"]["depth"] == 8
 
@@ -387,6 +388,14 @@ def test_a_handler_of_a_plug_in_is_measured(tmp_path: Path, short_dir: Path) -> 
     assert len(rows) == 4
     assert all(row.numbers["per_second"] > 0 for row in rows)
     assert {row.verdict for row in rows} <= {"met", "MISSED", ""}
+
+
+def test_no_request_fails_while_devices_come_and_go_beside_a_busy_one(short_dir: Path) -> None:
+    """At depth 32, by what measures the gaps; how long they are is not judged here."""
+    (row,) = extra.run(extra.choose("reload"), short_dir, rounds=1, seconds=0.4, say=lambda _: None)
+    assert row.numbers["failed"] == 0
+    assert row.numbers["reloads"] >= 2
+    assert row.numbers["beside"] > 0
 
 
 # -- probing

@@ -48,6 +48,19 @@ def test_listing_and_loading_one_type_imports_no_other(make_distribution: Make) 
     assert "lamp_b" not in sys.modules
 
 
+def test_what_is_installed_later_is_found_then(make_distribution: Make, tmp_path: Path) -> None:
+    """What was found is kept, but not beyond the next installation, into a directory that was looked through before."""
+    site = make_distribution("lampworks", "3.1", {"lamp": "lamp_a:Lamp"}, {"lamp_a": GOOD})
+    assert "late" not in plugins.names()
+    info = site / "lateworks-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lateworks\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[hcd.devices]\nlate = lamp_a:Lamp\n")
+    assert "late" in plugins.names()
+    (info / "entry_points.txt").write_text("[hcd.devices]\nlate = lamp_a:Lamp\nlater = lamp_a:Lamp\n")
+    assert plugins.load("later").description == "a lamp", "even where the directories do not tell"
+
+
 def test_an_unknown_type_is_the_operators_error_with_a_hint(make_distribution: Make) -> None:
     make_distribution("lampworks", "3.1", {"lantern": "lamp_a:Lamp"}, {"lamp_a": GOOD})
     with pytest.raises(ConfigError, match=r'no device type "lanten".*did you mean "lantern"'):

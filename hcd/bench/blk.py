@@ -43,8 +43,9 @@ class BlkCase:
 
 @dataclass(frozen=True, slots=True)
 class BlkResult:
-    """What came out. Latencies in seconds; ``cpu_per_million`` the back end's processor seconds per million
-    requests, nan where its process cannot be looked at."""
+    """What came out. Latencies in seconds; ``longest_gap`` the longest time (seconds) in which no request was done;
+    ``cpu_per_million`` the back end's processor seconds per million requests, nan where its process cannot be looked
+    at."""
 
     requests: int
     seconds: float
@@ -52,6 +53,7 @@ class BlkResult:
     p50: float
     p99: float
     p999: float
+    longest_gap: float
     kicks_per_request: float
     calls_per_request: float
     errors: int
@@ -134,6 +136,7 @@ def _result(case: BlkCase, load: BlkLoad, cpu: float, memory: int) -> BlkResult:
         p50=load.quantile(0.5),
         p99=load.quantile(0.99),
         p999=load.quantile(0.999),
+        longest_gap=load.longest_gap(),
         kicks_per_request=counts["kicks"] / requests,
         calls_per_request=counts["calls"] / requests,
         errors=counts["errors"],

@@ -116,6 +116,7 @@ def _blk_table(result: dict[str, Any]) -> str:
     return _lines(
         ("requests/s", f"{result['per_second']:,.0f}"),
         ("latency p50 p99 p99.9", _latencies(result)),
+        ("longest gap", f"{result['longest_gap'] * 1e3:.1f} ms"),
         ("kicks per request", f"{result['kicks_per_request']:.4f}"),
         ("calls per request", f"{result['calls_per_request']:.4f}"),
         *_costs(result, "requests"),

@@ -95,7 +95,7 @@ class Measurement:
 
 
 def _all() -> tuple[Measurement, ...]:
-    from hcd.bench import extra_handler, extra_idle, extra_net, extra_scale
+    from hcd.bench import extra_handler, extra_idle, extra_net, extra_reload, extra_scale
 
     return (
         Measurement("handler", extra_handler.null_handler),
@@ -104,6 +104,7 @@ def _all() -> tuple[Measurement, ...]:
         Measurement("idle", extra_idle.idle),
         Measurement("start", extra_idle.start),
         Measurement("capabilities", extra_idle.capabilities),
+        Measurement("reload", extra_reload.reload),
         Measurement("scraper", extra_scale.scraper),
         Measurement("devices", extra_scale.devices),
         Measurement("ring-size", extra_scale.ring_sizes),

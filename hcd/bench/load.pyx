@@ -84,6 +84,8 @@ cdef class BlkLoad:
     cdef bint verifies
     cdef uint64_t random
     cdef latencies_t latencies
+    cdef uint64_t last            # when the last request was done
+    cdef uint64_t gap             # the longest time between two that were done one after the other
     cdef list keep
 
     def __cinit__(self, queues, int depth, int size, uint64_t span, int rw, bint polls, bint verifies, uint64_t seed=1):
@@ -167,6 +169,9 @@ cdef class BlkLoad:
             s = &slots(q)[i]
             now = hcd_now()
             note(&self.latencies, now - s.submitted)
+            if now - self.last > self.gap:
+                self.gap = now - self.last
+            self.last = now
             q.requests += 1
             if s.status[0] != 0:
                 q.errors += 1
@@ -204,6 +209,7 @@ cdef class BlkLoad:
         cdef int64_t inflight = 0
         cdef uint64_t now = hcd_now(), idle
         cdef queue_t *q
+        self.last = now
         with nogil:
             for i in range(self.n):
                 q = &self.queues[i]
@@ -287,12 +293,17 @@ cdef class BlkLoad:
         """Start counting anew: what came so far was the warm-up."""
         cdef int i
         memset(&self.latencies, 0, sizeof(latencies_t))
+        self.gap = 0
         for i in range(self.n):
             self.queues[i].requests = self.queues[i].kicks = self.queues[i].calls = 0
 
     def quantile(self, double q):
         """Of the latencies, in seconds."""
         return quantile_of(&self.latencies, q) / 1e9
+
+    def longest_gap(self):
+        """The longest time without any request being done, in seconds."""
+        return self.gap / 1e9
 
     def counts(self):
         """requests, errors, mismatches, kicks, calls; summed over the queues."""
