@@ -1,13 +1,15 @@
-# make demo | bench | test | test-all | nested | service | check | build | install | clean
+# make demo | bench | test | test-all | nested | service | fuzz | sanitize | check | build | install | clean
 # Every target sets up what it needs first (tools/setup); nothing is done twice.
 
 PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+FUZZ_ARGS ?=
+SANITIZE_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test test-fast test-all nested service check lint build install setup clean
+.PHONY: help demo bench test test-fast test-all nested service fuzz sanitize check lint build install setup clean
 
 help:
 	@echo 'make demo      real guests on hcd: PIO and MMIO, then a table of what every path cost'
@@ -16,6 +18,8 @@ help:
 	@echo 'make test-all  the same, and the long ones'
 	@echo 'make nested    hypercall doorbells on a stock kernel with emulated SVM (part of make test too)'
 	@echo 'make service   the systemd units in a Debian guest with systemd (part of make test too)'
+	@echo 'make fuzz      codec, rings and devices under random input, a minute each (FUZZ_ARGS=--help has more)'
+	@echo 'make sanitize  the same and the data plane tests, with the compiled part under ASan and UBSan'
 	@echo 'make check     ruff, mypy and the fast tests'
 	@echo 'make build     set up .venv and compile the data plane'
 	@echo 'make install   for the whole machine, with systemd units (DESTDIR, PREFIX, DEPS=no: see tools/install)'
@@ -48,6 +52,12 @@ nested: setup
 
 service: setup
 	$(PYTEST) tests/service $(PYTEST_ARGS)
+
+fuzz: build
+	$(PYTHON) -m tests.fuzz $(FUZZ_ARGS)
+
+sanitize: build
+	@tools/sanitize $(SANITIZE_ARGS)
 
 test-fast: build
 	$(PYTEST) -m 'not guest and not long and not slow' $(PYTEST_ARGS)

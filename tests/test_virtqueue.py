@@ -133,6 +133,19 @@ def test_copy_to_another_queue(pair: Pair) -> None:
     other.close()
 
 
+def test_buffers_may_overlap(pair: Pair) -> None:
+    """A driver may hand out one place twice; the bytes that arrive are those that were there."""
+    data = bytes(range(200))
+    source, size = pair.put(data)
+    submit(pair, [(source, size)], [])
+    submit(pair, [], [(source + 7, size - 7)])
+    one, other = pair.queue.pop(), pair.queue.pop()
+    assert one is not None
+    assert other is not None
+    assert one.copy_to(other) == size - 7
+    assert pair.memory.read(source + 7, size - 7) == data[: size - 7]
+
+
 def test_completed_exactly_once(pair: Pair) -> None:
     """Whatever is done to a completed request is the device's mistake and harms nothing."""
     submit(pair, [pair.put(b"abc")], [pair.room(3)])
@@ -545,6 +558,43 @@ def test_packed_sins(sin: str) -> None:
     commit(pair, pair.put(b"data")[0])
     expect_broken(pair, text)
     pair.close()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_chain_has_so_many_pieces_at_most(packed: bool) -> None:
+    """A driver cannot make a short ring into a long scatter list by crossing region borders over and over."""
+    regions = [MemorySlot(0x100000, 0x10000)] + [MemorySlot(0x200000 + 64 * n, 64, mmap_offset=0) for n in range(30)]
+    with SharedMemory(regions) as memory:
+        pair = make_pair(packed=packed, memory=memory, size=16)
+        across = [(0x200000, 64 * 30)]
+        pair.ring.add(across + [(0x200000 + 64 * n + 32, 64) for n in range(15)], [])
+        pair.ring.publish()
+        request = pair.queue.pop()
+        assert request is not None
+        assert len(request.readable_views()) == 30 + 2 * 15
+        request.complete()
+        pair.queue.flush()
+        pair.ring.used()
+        pair.ring.add(across * 3, [])
+        pair.ring.publish()
+        expect_broken(pair, "more than 63 pieces")
+        pair.queue.stop()
+
+
+def test_a_ring_that_breaks_leaves_the_handler_what_it_has(pair: Pair) -> None:
+    """Whoever hears of it must not fail the request that the handler still holds: it looked for one more."""
+    seen: list[Any] = []
+    pair.queue.on_error = lambda queue, error: seen.append(queue.unfinished())
+    submit(pair, [pair.put(b"sound")], [])
+    first = pair.queue.pop()
+    assert first is not None
+    assert pair.queue.unfinished() is first
+    submit(pair, [(1 << 40, 4)], [])
+    assert pair.queue.pop() is None
+    assert pair.queue.broken
+    assert seen == [None]
+    assert pair.queue.unfinished() is first
+    pair.queue.unpop(first)
 
 
 def test_indirect_without_negotiation() -> None:

@@ -1,4 +1,6 @@
 # Requests: the scatter list of one chain, cursors through it, and its completion.
+#
+# Where both sides of a copy may be guest memory it is a memmove(3): a driver may let its buffers overlap.
 
 cdef enum:
     FREE = 0
@@ -169,7 +171,7 @@ cdef class Request:
             n = <uint64_t>view.len if <uint64_t>view.len < self.w.left else self.w.left
             while have < n:
                 self.slice(&self.w, False, n - have, &piece, 1)
-                memcpy(piece.iov_base, <char *>view.buf + have, piece.iov_len)
+                memmove(piece.iov_base, <char *>view.buf + have, piece.iov_len)
                 self.advance(&self.w, False, piece.iov_len)
                 have += piece.iov_len
         finally:
@@ -194,7 +196,7 @@ cdef class Request:
                 part = self.c.iov[i].iov_len - offset
                 if part > n - have:
                     part = n - have
-                memcpy(<char *>self.c.iov[i].iov_base + offset, <char *>view.buf + have, part)
+                memmove(<char *>self.c.iov[i].iov_base + offset, <char *>view.buf + have, part)
                 have += part
                 offset += part
         finally:
@@ -212,7 +214,7 @@ cdef class Request:
             self.slice(&self.r, True, n - have, &a, 1)
             other.slice(&other.w, False, n - have, &b, 1)
             part = a.iov_len if a.iov_len < b.iov_len else b.iov_len
-            memcpy(b.iov_base, a.iov_base, part)
+            memmove(b.iov_base, a.iov_base, part)
             self.advance(&self.r, True, part)
             other.advance(&other.w, False, part)
             have += part

@@ -148,6 +148,7 @@ cdef class Virtqueue:
     # this turn
     cdef bint in_turn
     cdef bint dirty
+    cdef bint breaking        # on_error hears that the ring broke; the handler, if one runs, goes on
     cdef bint corked          # publish nothing yet: a frame is spread over several requests
     cdef bint by_ring
     cdef int budget

@@ -37,7 +37,7 @@ from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.errno cimport EAGAIN, EFAULT, EINTR, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy, memmove, memset
 
 from hcd.dataplane._atomics cimport (
     hcd_fence,
@@ -445,7 +445,11 @@ cdef class Virtqueue:
             hcd_nudge()
             write(self.err_fd, &one, 8)
         if self.on_error is not None:
-            self.on_error(self, GuestError(why))
+            self.breaking = True
+            try:
+                self.on_error(self, GuestError(why))
+            finally:
+                self.breaking = False
         return 0
 
     def __iter__(self):
@@ -692,8 +696,12 @@ cdef class Virtqueue:
         self.flush_now()
 
     def unfinished(self):
-        """The request that the handler took last, if it is neither completed nor held; else None."""
-        if self.current == NULL or (<Request>self.current).held or (<Request>self.current).state != INFLIGHT:
+        """The request that the handler took last, if it is neither completed nor held; else None. None as well while
+        ``on_error`` hears that the ring broke: a handler that looked for one more request has still to end those that
+        it has."""
+        if self.breaking or self.current == NULL:
+            return None
+        if (<Request>self.current).held or (<Request>self.current).state != INFLIGHT:
             return None
         return <Request>self.current
 

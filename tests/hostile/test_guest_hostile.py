@@ -531,6 +531,23 @@ def test_receive_buffers_that_are_too_small_lose_frames_and_nothing_else(hostile
         hostile.bystander.check()
 
 
+def test_a_receive_ring_that_breaks_while_a_frame_is_spread_over_it_hurts_nobody_else(hostile: Any) -> None:
+    """The first buffer is too small for the frame, and the second is none: the device has taken one and breaks the
+    ring on the next. (Failing the one that it held was the end of the process.)"""
+    with hostile.open("net0", device=NET_FEATURES) as a, hostile.open("net1", device=NET_FEATURES, size=SIZE) as b:
+        sender = NetDriver(a.memory, a.queues[0], a.queues[1], features=a.features)
+        queue = b.queues[0]
+        small = b.memory.alloc(64)
+        queue.ring.write_descriptor(0, small, 64, WRITE, 0)
+        queue.ring.write_descriptor(1, small, 64, WRITE | NEXT, SIZE)
+        queue.ring.offer(0)
+        queue.ring.offer(1)
+        sender.send(frame(1) + bytes(500))
+        assert select.select([queue.err_fd], [], [], PATIENCE_MS / 1000)[0]
+        hostile.expect_log("queue 0", "next descriptor", "broke its ring", device="net1")
+        sender.send(*(frame(n) for n in range(8)))
+
+
 # -- noise
 
 
