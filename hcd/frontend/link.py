@@ -81,7 +81,8 @@ class Link:
         """
         try:
             sent = socket.send_fds(self.sock, [data], list(fds)) if fds else 0
-            self.sock.sendall(data[sent:])
+            if sent < len(data):  # else whoever read it may have hung up already
+                self.sock.sendall(data[sent:])
         except TimeoutError as error:
             raise BackendError("the back end does not read") from error
         except OSError as error:

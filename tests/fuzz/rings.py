@@ -153,6 +153,7 @@ class RingFuzz:
         if fill:
             lib.hostile_fill(at, 1 + chance.getrandbits(3))
         queue.begin_turn(1, False, True)
+        self._seen = queue.inflight  # and taken in this turn
         for _ in range(12):
             expected = 0
             full = queue.inflight >= queue.size
@@ -166,6 +167,7 @@ class RingFuzz:
                 break
             assert not (exact and full), "more requests in flight than the ring has entries"
             self.sound += 1
+            self._seen += 1
             self._heads[request] = self._arena.hostile.head
             self._treat(request, exact)
         queue.take_remote()
@@ -184,7 +186,10 @@ class RingFuzz:
 
     def _compare(self, expected: int, request: Request | None) -> None:
         h, queue = self._arena.hostile, self._queue
-        if expected < 0:
+        if expected and queue.broken.startswith("more chains"):
+            # Completions that the driver cannot see yet count too; some of this turn's may have been shown already.
+            assert self._seen >= queue.size, queue.broken
+        elif expected < 0:
             assert request is None, f"the model refuses a chain that the queue took: {request}"
             assert queue.broken, "the model refuses a chain, and the queue says nothing"
         elif expected == 0:
