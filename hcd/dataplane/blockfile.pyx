@@ -195,20 +195,22 @@ cdef class BlockFile(BlockStore):
     def __cinit__(self, int fd, int64_t size=-1, *, bint read_only=False, int workers=4, bint ring=True):
         cdef char byte
         cdef iovec iov
+        cdef bint device
         hcd_list_clear(&self.batch)
         self.fd = -1
         if not 1 <= workers <= HCD_POOL_MOST:
             raise ValueError(f"{workers} workers; expected 1 to {HCD_POOL_MOST}")
-        mode = os.fstat(fd).st_mode
+        device = stat.S_ISBLK(os.fstat(fd).st_mode)
         if size < 0:
             size = os.lseek(fd, 0, os.SEEK_END)
         self.size = <uint64_t>size / SECTOR * SECTOR
         self.read_only = read_only
         iov.iov_base = &byte
         iov.iov_len = 1
-        self.nowait = not fcntl(fd, F_GETFL) & O_DIRECT and (
-            preadv2(fd, &iov, 1, 0, RWF_NOWAIT) >= 0 or errno == EAGAIN)
-        self.pool = hcd_pool_new(fd, stat.S_ISBLK(mode), workers, ring)
+        with nogil:               # devices beside this one serve requests meanwhile
+            self.nowait = not fcntl(fd, F_GETFL) & O_DIRECT and (
+                preadv2(fd, &iov, 1, 0, RWF_NOWAIT) >= 0 or errno == EAGAIN)
+            self.pool = hcd_pool_new(fd, device, workers, ring)
         if self.pool == NULL:
             raise OSError(errno, os.strerror(errno))
         if not read_only:
@@ -412,7 +414,8 @@ cdef class BlockFile(BlockStore):
         self.finish_jobs()
         if ended and self.pool != NULL:
             self.pool = NULL
-            hcd_pool_free(pool)
+            with nogil:           # to take a large mapping apart takes a while
+                hcd_pool_free(pool)
             os.close(self.fd)
         return bool(ended)
 
@@ -434,7 +437,8 @@ cdef class BlockRam(BlockStore):
 
     def __dealloc__(self):
         if self.base != NULL:
-            munmap(self.base, self.size)
+            with nogil:           # a large disk takes a while, and devices beside this one serve requests
+                munmap(self.base, self.size)
 
     def read(self, Request request not None, uint64_t sector, int64_t nbytes=-1):
         if self.placed(request, sector, request.w.left - 1 if request.w.left else 0, &nbytes, False):
@@ -479,7 +483,8 @@ cdef class BlockRam(BlockStore):
 
     def close(self, double timeout=5.0):
         if self.base != NULL:
-            munmap(self.base, self.size)
+            with nogil:           # a large disk takes a while, and devices beside this one serve requests
+                munmap(self.base, self.size)
         self.base = NULL
         self.size = 0               # what still comes is past the end
         return True

@@ -140,7 +140,8 @@ cdef class Region:
         if self.slot >= 0:
             hcd_slot_release(self.slot)
         if self.base != NULL:
-            munmap(self.base, self.length)
+            with nogil:           # a large guest takes a while, and other guests are served meanwhile
+                munmap(self.base, self.length)
 
     def revoke(self):
         """Take the memory away in place: late accesses are harmless. Again and again without harm."""
