@@ -24,9 +24,9 @@ from hcd.handover.fdstore import FdStore
 from hcd.instruments import Instruments
 from hcd.lanes import Lanes, QueueLane
 from hcd.log import RateLimited
-from hcd.wrappers import Stack
+from hcd.wrappers import Stack, Wrapper
 
-__all__ = ["DeviceHost", "HostBase", "LeavingSession", "Peer", "RingState", "SessionView"]
+__all__ = ["DeviceHost", "HostBase", "LeavingSession", "Observer", "Peer", "RingState", "SessionView"]
 
 #: virtio 1.3, 5: what a front end tells the driver about the device's own feature bits
 VERSION_1 = 1 << 32
@@ -88,6 +88,16 @@ class LeavingSession(Protocol):
         """Come to an end between two messages, and keep the connection."""
 
 
+class Observer(Protocol):
+    """Hears what passes between a session and its peer, in trio, from trio."""
+
+    def message(self, direction: str, data: bytes, fds: int) -> None:
+        """A whole message: "in" from the front end, "out" to it, "back" on the back channel; ``fds`` came along."""
+
+    def connection(self, what: str) -> None:
+        """``what``: connected, disconnected."""
+
+
 class HostBase:
     """What the hosts of all kinds of devices have in common. ``drain_timeout`` in seconds."""
 
@@ -111,6 +121,7 @@ class HostBase:
         self._connected = False
         #: the connection that is served now
         self.session: SessionView | None = None
+        self.observers: list[Observer] = []
         self.protocol_errors = 0
         self.path_conflict = False
         #: what the service manager keeps for the next process; None: nothing
@@ -195,6 +206,11 @@ class HostBase:
             session.leave()
             await session.over.wait()
 
+    def observe(self, direction: str, data: bytes, fds: int = 0) -> None:
+        """A message passed; see :class:`Observer`."""
+        for observer in self.observers:
+            observer.message(direction, data, fds)
+
     def device_failed(self, what: str, error: Exception) -> None:
         """``what`` (a method of the device) raised ``error``, which is nobody's fault but its own."""
         self.device_errors += 1
@@ -269,6 +285,20 @@ class DeviceHost(HostBase):
         doorbell = Doorbell(device=self.spec.name, queue=queue, transport="vhost-user")
         self.doorbells.append(doorbell)
         self._registry.add(doorbell)
+
+    # -- wrappers for a while: on the lane's thread
+
+    def add_wrapper(self, wrapper: Wrapper) -> None:
+        self.wrapping.add(wrapper)
+        self._wrap_again()
+
+    def remove_wrapper(self, wrapper: Wrapper) -> None:
+        self.wrapping.remove(wrapper)
+        self._wrap_again()
+
+    def _wrap_again(self) -> None:
+        for queue in () if self.session is None else self.session.queues():
+            self.wrapping.attach(queue)
 
     # -- paths: on the lane's thread, or before the first session
 

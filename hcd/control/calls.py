@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict
 from typing import Any
 
@@ -13,6 +14,7 @@ import trio
 from hcd.control.collect import collect_devices
 from hcd.control.protocol import Call, CallError
 from hcd.control.snapshot import LastReload, Snapshot, to_json
+from hcd.control.trace import DEFAULT_RATE, MAX_RATE, Feed, trace
 from hcd.errors import DeviceError
 from hcd.host import DeviceHost, HostBase
 from hcd.lanes import ReactorLane
@@ -117,7 +119,7 @@ class Calls:
         host = self._host(device)
         if not isinstance(host, DeviceHost):
             raise CallError("refused", f'"{device}" ({host.spec.type}) has no storage that can grow')
-        if size is not None and size < 0:
+        if size is not None and not 0 < size < 1 << 62:
             raise CallError("request", f"{size} bytes are no size")
         if not await self._probe.answers():
             raise CallError("failed", "the thread that serves the rings does not answer: see hcd status")
@@ -149,5 +151,13 @@ class Calls:
 
     # -- live
 
-    def trace(self, call: Call) -> AsyncIterator[dict[str, Any]]:
-        raise CallError("failed", "not yet")
+    def trace(self, call: Call) -> AbstractAsyncContextManager[Feed]:
+        """What a device says and does, while the block lasts. CallError."""
+        host = self._host(call.arguments["device"])
+        rate = call.arguments.get("rate", DEFAULT_RATE)
+        if not isinstance(host, DeviceHost):
+            raise CallError("refused", f"{host.spec.name} ({host.spec.type}) has doorbells and no requests to tell of; "
+                                       "hcd doorbells counts its rings")
+        if not 1 <= rate <= MAX_RATE:
+            raise CallError("request", f"rate: expected 1 to {MAX_RATE} requests a second")
+        return trace(host, rate)

@@ -1,4 +1,4 @@
-"""The commands that talk to a running daemon: status, doorbells, reload, resize.
+"""The commands that talk to a running daemon: status, doorbells, top, trace, reload, resize.
 
 Exit status: 0 all is well; 1 something is wrong, or was refused; 2 a mistake on the command line; 3 no daemon answers;
 4 not permitted.
@@ -30,6 +30,13 @@ def register(commands: Any) -> None:
     _add_json(status)
     doorbells = _add(commands, "doorbells", _doorbells, "every doorbell: path, rings, how quickly they are answered")
     _add_json(doorbells)
+    live = _add(commands, "top", _top, "what each device does just now, the busiest first; q ends it")
+    live.add_argument("--interval", type=_seconds, default=2.0, metavar="SECONDS", help="between frames, default 2")
+    live.add_argument("--once", action="store_true", help="one frame, of the next second")
+    trace = _add(commands, "trace", _trace, "messages and requests of a device, live, without what is in them")
+    trace.add_argument("device")
+    trace.add_argument("--rate", type=_rate, metavar="N", help="requests a second that are shown at most, default 500")
+    trace.add_argument("--json", action="store_true", help="for programs: an object a line")
     _add(commands, "reload", _reload, "have a running daemon read its configuration again, and say what came of it")
     resize = _add(commands, "resize", _resize, "let the guest of a running daemon see that a disk has grown")
     resize.add_argument("device")
@@ -53,10 +60,22 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def _size(text: str) -> int:
+    return int(_number(text, "size"))
+
+
+def _seconds(text: str) -> float:
+    return float(_number(text, "float", 0, 86400)) or 0.1
+
+
+def _rate(text: str) -> int:
+    return int(_number(text, "int", 1, 100_000))
+
+
+def _number(text: str, kind: str, least: int | None = None, most: int | None = None) -> Any:
     from hcd.device import Option
 
     try:
-        return int(opt.from_text(Option("size", "size", ""), text))
+        return opt.from_text(Option("value", kind, "", minimum=least, maximum=most), text)
     except ValueError as exc:
         raise argparse.ArgumentTypeError(str(exc)) from exc
 
@@ -120,6 +139,18 @@ def _doorbells(arguments: argparse.Namespace) -> int:
     else:
         print("\n".join(doorbells(snapshot)))
     return 0
+
+
+def _top(arguments: argparse.Namespace) -> int:
+    from hcd.control.live import run_top
+
+    return run_top(arguments.control, interval=arguments.interval, once=arguments.once)
+
+
+def _trace(arguments: argparse.Namespace) -> int:
+    from hcd.control.live import run_trace
+
+    return run_trace(arguments.control, arguments.device, rate=arguments.rate, as_json=arguments.json)
 
 
 # -- commands

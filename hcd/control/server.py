@@ -15,13 +15,15 @@ import os
 import select
 import socket
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import trio
 
 from hcd import sockets
 from hcd.control.protocol import MAX_CALL, VERSION, Call, CallError, Lines, LineTooLong, encode, parse_call
+from hcd.control.trace import Feed
 from hcd.log import RateLimited
 from hcd.version import VERSION as HCD_VERSION
 
@@ -46,7 +48,7 @@ _log = logging.getLogger("hcd.control")
 _rare_log = RateLimited(_log)
 
 Answer = Callable[[Call], Awaitable[dict[str, Any]]]
-Trace = Callable[[Call], AsyncIterator[dict[str, Any]]]
+Trace = Callable[[Call], AbstractAsyncContextManager[Feed]]
 
 
 class Pace:
@@ -187,13 +189,18 @@ class _Connection:
     # -- a trace
 
     async def _trace(self, call: Call, ident: dict[str, Any]) -> None:
-        events = self._server.trace(call)
-        async with trio.open_nursery() as nursery:
+        async with self._server.trace(call) as feed, trio.open_nursery() as nursery:
             nursery.start_soon(self._until_hangup, nursery.cancel_scope)
-            async for event in events:
+            nursery.start_soon(self._feed, feed, ident, nursery.cancel_scope)
+
+    async def _feed(self, feed: Feed, ident: dict[str, Any], scope: trio.CancelScope) -> None:
+        try:
+            while True:
+                lines = b"".join(encode({"event": event, **ident}) for event in await feed.take())
                 with trio.fail_after(TRACE_TIMEOUT):
-                    await self._stream.send_all(encode({"event": event, **ident}))
-            nursery.cancel_scope.cancel()
+                    await self._stream.send_all(lines)
+        except (trio.BrokenResourceError, trio.TooSlowError):  # not raised: the nursery would make a group of it
+            scope.cancel()
 
     async def _until_hangup(self, scope: trio.CancelScope) -> None:
         """Half of the connection may be closed: who only reads is still there."""

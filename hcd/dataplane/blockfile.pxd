@@ -43,6 +43,7 @@ cdef class BlockStore:
     cdef int failed(self, Request r, int error, uint64_t moved) except -1
     cdef int complain(self, Request r, object error) except -1
     cdef bint placed(self, Request r, uint64_t sector, uint64_t have, int64_t *nbytes, bint out) except -1
+    cdef bint grows(self, uint64_t size) except -1
     cdef bint takes_ranges(self, Request r, object ranges) except -1
 
 cdef class BlockFile(BlockStore):

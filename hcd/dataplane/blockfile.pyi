@@ -27,6 +27,13 @@ class BlockStore:
     writethrough: bool  # writes reach stable storage before they complete
     on_error: Callable[[Request, Exception], object] | None  # after each failed one: OSError or GuestError
 
+    # -- growing
+
+    def stored(self) -> int: ...  # bytes that the file has by now, which may be more than ``size``
+    # Have ``size`` bytes from now on, and return that: a smaller file is made as large. ValueError for fewer than there
+    # are and for parts of sectors, OSError where the file cannot grow.
+    def grow(self, size: int) -> int: ...
+
     # -- each takes the request over and completes it
 
     # what fits before the status byte, or nbytes of it, from the write cursor on

@@ -48,8 +48,10 @@ cdef extern from "<unistd.h>" nogil:
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *addr, size_t length, int prot, int flags, int fd, long offset)
     int munmap(void *addr, size_t length)
+    void *mremap(void *addr, size_t length, size_t new_length, int flags, ...)
     int madvise(void *addr, size_t length, int advice)
     int PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE, MADV_DONTNEED, MADV_DONTDUMP
+    int MREMAP_MAYMOVE
     void *MAP_FAILED
 
 cdef extern from "_blockio.h" nogil:
@@ -173,6 +175,22 @@ cdef class BlockStore:
                 return False
         return True
 
+    # -- growing
+
+    def stored(self):
+        return self.size
+
+    def grow(self, uint64_t size):
+        raise NotImplementedError
+
+    cdef bint grows(self, uint64_t size) except -1:
+        """ValueError if ``size`` is less than there is: requests may be on their way there."""
+        if size < self.size:
+            raise ValueError(f"{size} bytes are fewer than the {self.size} that the guest sees")
+        if size % SECTOR:
+            raise ValueError(f"{size} bytes are no whole sectors of {SECTOR}")
+        return size > self.size
+
     # -- the worker's side: nothing to do where there is none
 
     def submit(self):
@@ -290,6 +308,19 @@ cdef class BlockFile(BlockStore):
 
     def write_zeroes(self, Request request not None, ranges):
         self.range_job(request, tuple(ranges), HCD_ZERO)
+
+    def stored(self):
+        if self.pool == NULL:
+            raise ValueError("the file is closed")
+        return os.lseek(self.fd, 0, os.SEEK_END)
+
+    def grow(self, uint64_t size):
+        if self.grows(size):
+            if size > self.stored():
+                os.ftruncate(self.fd, size)
+            # The mapping stays as it is, threads use it: small writes behind the old end go by pwrite.
+            self.size = size
+        return self.size
 
     # -- jobs
 
@@ -439,6 +470,18 @@ cdef class BlockRam(BlockStore):
         if self.base != NULL:
             with nogil:           # a large disk takes a while, and devices beside this one serve requests
                 munmap(self.base, self.size)
+
+    def grow(self, uint64_t size):
+        cdef void *p
+        if self.base == NULL:
+            raise ValueError("the disk is closed")
+        if self.grows(size):
+            p = mremap(self.base, self.size, size, MREMAP_MAYMOVE)
+            if p == MAP_FAILED:
+                raise OSError(errno, f"no memory for a disk of {size} bytes")
+            self.base = <char *>p
+            self.size = size
+        return self.size
 
     def read(self, Request request not None, uint64_t sector, int64_t nbytes=-1):
         if self.placed(request, sector, request.w.left - 1 if request.w.left else 0, &nbytes, False):

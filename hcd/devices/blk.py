@@ -143,6 +143,24 @@ class Block(Device):
         self._writeback = data[0]
         self._disk.writethrough = not data[0]
 
+    def storage_size(self) -> int:
+        return self._disk.size
+
+    def resize(self, size: int | None) -> int:
+        if size is not None and size % self.block_size:
+            raise DeviceError(f"{size} bytes are no multiple of its blocks of {self.block_size}")
+        if size is not None and self.option["read_only"]:
+            raise DeviceError("it is read-only: let its image grow by other means, then resize it without a size")
+        try:
+            # a rest that is no whole block stays out of sight, as at the start
+            wanted = self._disk.stored() // self.block_size * self.block_size if size is None else size
+            return self._disk.grow(wanted)
+        except ValueError as e:
+            raise DeviceError(f"{e}; a disk does not shrink while it is served") from e
+        except OSError as e:
+            what = self.option["blk_file"] or "ram"
+            raise DeviceError(f"{what} cannot be made larger from here: {e.strerror or e}") from e
+
     def connect(self, features: int) -> None:
         # 5.2.5.2: a driver that knows neither flush nor the mode counts on what it wrote
         careless = not features & (BlkFeature.FLUSH | BlkFeature.CONFIG_WCE)

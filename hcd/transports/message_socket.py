@@ -13,7 +13,7 @@ import fcntl
 import os
 import socket
 import termios
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import trio
 from hcd_protocols.vhost_user import BackendConnection
@@ -41,11 +41,20 @@ class HungUp(Exception):
 
 
 class MessageSocket:
-    """Carries messages between ``sock``, which it owns, and a sans-IO connection."""
+    """Carries messages between ``sock``, which it owns, and a sans-IO connection.
 
-    def __init__(self, sock: trio.socket.SocketType, connection: BackendConnection) -> None:
+    ``observe`` sees each that passed: its direction ("in", "out"), its bytes, the number of its descriptors.
+    """
+
+    def __init__(
+        self,
+        sock: trio.socket.SocketType,
+        connection: BackendConnection,
+        observe: Callable[[str, bytes, int], None] = lambda direction, data, fds: None,
+    ) -> None:
         self._sock = sock
         self._connection = connection
+        self._observe = observe
 
     def hung_up(self) -> bool:
         """Whether the peer closed its end, even if that has not been read yet."""
@@ -74,14 +83,15 @@ class MessageSocket:
     async def receive(self) -> None:
         """After :meth:`wait`: take one whole message and hand it to the connection. HungUp or ProtocolError."""
         header = await self._sock.recv(HEADER_SIZE, socket.MSG_PEEK)
-        seen = 0
+        seen, fds = b"", 0
         if len(header) < HEADER_SIZE:
             # Sent in pieces with descriptors on the first: peeking ends there. Take it as it is.
-            header = await self._take_exactly(HEADER_SIZE)
-            seen = HEADER_SIZE
-        length = self._connection.message_length(header) - seen
+            header, fds = await self._take_exactly(HEADER_SIZE)
+            seen = header
+        length = self._connection.message_length(header) - len(seen)
         await self._until(length)
-        await self._take_exactly(length)
+        rest, more = await self._take_exactly(length)
+        self._observe("in", seen + rest, fds + more)
 
     async def _until(self, wanted: int) -> None:
         """Return when ``wanted`` bytes can be read; HungUp when the peer closed its end before."""
@@ -98,13 +108,15 @@ class MessageSocket:
         fcntl.ioctl(self._sock.fileno(), termios.FIONREAD, count)
         return count[0]
 
-    async def _take_exactly(self, length: int) -> bytes:
-        taken = b""
+    async def _take_exactly(self, length: int) -> tuple[bytes, int]:
+        """The bytes, and how many descriptors came with them; the connection has both."""
+        taken, count = b"", 0
         while len(taken) < length:
             data, fds = await self._take(length - len(taken))
             self._connection.receive_data(data, fds)
             taken += data
-        return taken
+            count += len(fds)
+        return taken, count
 
     async def _take(self, most: int) -> tuple[bytes, list[int]]:
         data, ancillary, flags, _ = await self._sock.recvmsg(
@@ -133,6 +145,7 @@ class MessageSocket:
             sent = await self._sock.sendmsg([data], ancillary)
             while sent < len(data):
                 sent += await self._sock.send(data[sent:])
+            self._observe("out", data, len(fds))
 
     async def send_last(self) -> None:
         """The answer to the message that broke the protocol, if the peer still takes it."""

@@ -139,7 +139,7 @@ class _Session:
             max_queue_size=host.device.max_queue_size,
             config_size=self._config_size,
         )
-        self._link = MessageSocket(sock, self._conn)
+        self._link = MessageSocket(sock, self._conn, host.observe)
         self._handed = handed
         self._keeper = handed.keeper if handed is not None else None
         self._config = handed.record.config if handed is not None else b""  # as the front end read it last
@@ -176,12 +176,12 @@ class _Session:
     async def run(self) -> None:
         """Serve until the front end goes, breaks the protocol, or this is cancelled. Raises nothing else."""
         host = self.host
-        self._backend = await host.lane.run(lambda: Backend(host))
-        host.session = self
+        backend = await host.lane.run(self._open)
         host.connected = True
+        self._tell_observers("connected")
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._watch_memory, self._backend.alarm, nursery.cancel_scope)
+                nursery.start_soon(self._watch_memory, backend.alarm, nursery.cancel_scope)
                 if self._handed is None:
                     host.rare_log.log(logging.INFO, "connections", "front end connected (pid %s)", shown_pid(self.peer))
                     await self._begin_keeping()
@@ -192,6 +192,16 @@ class _Session:
         finally:
             with trio.CancelScope(shield=True):
                 await self._close()
+
+    def _open(self) -> Backend:
+        """On the lane, and seen there at once: a wrapper that comes now finds the queues, or they find it."""
+        self._backend = Backend(self.host)
+        self.host.session = self
+        return self._backend
+
+    def _tell_observers(self, what: str) -> None:
+        for observer in self.host.observers:
+            observer.connection(what)
 
     async def _serve(self, nursery: trio.Nursery) -> None:
         host = self.host
@@ -261,6 +271,7 @@ class _Session:
         if self._back_channel is not None:
             self._back_channel.close()
         close_all(self._conn.take_unclaimed_fds())
+        self._tell_observers("disconnected")
         host.session = None
         host.connected = False
         self.over.set()
@@ -486,12 +497,16 @@ class _Session:
             self._back_channel.close()
         self._back_channel = channel
         messages = BackChannel()
+        token = trio.lowlevel.current_trio_token()
 
         def notify() -> None:
+            message = messages.config_change()
             try:
-                channel.send(messages.config_change(), socket.MSG_NOSIGNAL)
+                channel.send(message, socket.MSG_NOSIGNAL)
             except OSError as error:
                 self.host.log.warning("the front end was not told of a configuration change: %s", error.strerror)
+            else:
+                token.run_sync_soon(self.host.observe, "back", message)
 
         self.host.device.notify_config_change = notify
 

@@ -58,15 +58,24 @@ class Stack:
     """The wrappers of one device, outermost first. Everything here is for the lane's thread."""
 
     def __init__(self, specs: Sequence[WrapSpec], device: Device, lane: Timers, log: Log) -> None:
-        self._wrappers = [spec.wrapper(device, spec.options, log) for spec in specs]
+        self._wrappers: tuple[Wrapper, ...] = tuple(spec.wrapper(device, spec.options, log) for spec in specs)
         self._lane = lane
         self._log = log
 
     def attach(self, queue: Virtqueue) -> None:
-        """See what ``queue`` takes and completes from now on."""
-        if self._wrappers:
-            queue.on_take = self._taken
-            queue.on_settle = self._done
+        """See what ``queue`` takes and completes from now on. Without wrappers it costs nothing."""
+        queue.on_take = self._taken if self._wrappers else None
+        queue.on_settle = self._done if self._wrappers else None
+
+    def add(self, wrapper: Wrapper) -> None:
+        """Have ``wrapper`` outermost. It may see the end of a request that it did not see begin.
+
+        Queues that are attached already have to be attached again; so after :meth:`remove`.
+        """
+        self._wrappers = (wrapper, *self._wrappers)
+
+    def remove(self, wrapper: Wrapper) -> None:
+        self._wrappers = tuple(one for one in self._wrappers if one is not wrapper)
 
     def _taken(self, request: Request) -> bool:
         for wrapper in self._wrappers:
@@ -78,22 +87,21 @@ class Stack:
         return True
 
     def _done(self, request: Request, written: int) -> bool:
-        return self._done_from(len(self._wrappers) - 1, request, written)
+        return self._tell(self._wrappers, request, written)
 
-    def _done_from(self, index: int, request: Request, written: int) -> bool:
-        """Tell wrapper ``index`` and those around it; False when one of them takes its time."""
-        while index >= 0:
+    def _tell(self, wrappers: tuple[Wrapper, ...], request: Request, written: int) -> bool:
+        """Tell ``wrappers``, the innermost first; False when one of them takes its time."""
+        for index in range(len(wrappers) - 1, -1, -1):
             try:
-                delay = self._wrappers[index].done(request, written)
+                delay = wrappers[index].done(request, written)
             except Exception:
                 self._log.exception("a wrapper failed")
                 delay = 0.0
-            index -= 1
             if delay > 0:
-                self._lane.call_later(delay, partial(self._go_on, index, request, written))
+                self._lane.call_later(delay, partial(self._go_on, wrappers[:index], request, written))
                 return False
         return True
 
-    def _go_on(self, index: int, request: Request, written: int) -> None:
-        if self._done_from(index, request, written):
+    def _go_on(self, wrappers: tuple[Wrapper, ...], request: Request, written: int) -> None:
+        if self._tell(wrappers, request, written):
             request.queue.settle_held(request)
