@@ -42,6 +42,7 @@ from hcd.dataplane.virtqueue import Request, Virtqueue
 from hcd.doorbell import Path
 from hcd.errors import ConfigError, DeviceError, GuestError
 from hcd.instruments import Counter, Gauge, Histogram, Instruments, Metric
+from hcd.sockets import UnixListener
 
 __all__ = [
     "API_VERSION",
@@ -63,6 +64,7 @@ __all__ = [
     "Option",
     "Path",
     "Request",
+    "UnixListener",
     "Virtqueue",
 ]
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from hcd.demo.initramfs import Tree
 from hcd.demo.packages import GuestFiles
 
-__all__ = ["BLOCK", "CONSOLE", "NET", "PCI", "RNG", "SCSI", "base_tree", "job_tree"]
+__all__ = ["BLOCK", "CONSOLE", "NET", "PCI", "RNG", "SCSI", "VSOCK", "base_tree", "job_tree"]
 
 #: modules by what they serve; dependencies are found by themselves
 PCI = ("virtio_pci",)
@@ -22,6 +22,7 @@ NET = ("virtio_net", "af_packet")
 RNG = ("virtio_rng",)
 CONSOLE = ("virtio_console",)
 SCSI = ("virtio_scsi", "sd_mod", "sg")
+VSOCK = ("vmw_vsock_virtio_transport",)
 
 INIT = r"""#!/bin/busybox sh
 export PATH=/bin:/sbin HOME=/ LC_ALL=C

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from hcd.demo.packages import GuestFiles, MissingToolError
 
-__all__ = ["BUS_PATHS", "MACHINES", "Machine", "Vm", "accelerator", "block", "chardev", "net", "rng", "share"]
+__all__ = ["BUS_PATHS", "MACHINES", "Machine", "Vm", "accelerator", "block", "chardev", "net", "rng", "share", "vsock"]
 
 #: bus -> the path by which its doorbells leave the guest
 BUS_PATHS = {"legacy": "pio", "modern": "mmio", "pio": "pio", "mmio": "mmio", "ccw": "hypercall"}
@@ -158,7 +158,7 @@ def chardev(ident: str, socket: Path | str) -> list[str]:
 def _device(name: str, ident: str, bus: str, properties: Sequence[str]) -> list[str]:
     """``name`` is the device's stem; its bus gives the suffix and properties."""
     suffix = {"mmio": "", "ccw": "-ccw"}.get(bus, "-pci")
-    if suffix == "" and name == "virtio-net":
+    if suffix == "" and name in ("virtio-net", "vhost-user-vsock"):
         suffix = "-device"
     words = [f"{name}{suffix}", f"id={ident}", *properties]
     if bus in _PCI_PROPERTIES:
@@ -190,6 +190,11 @@ def rng(socket: Path | str, bus: str, *, ident: str = "rng0") -> list[str]:
     if bus == "legacy":
         raise ValueError("QEMU's vhost-user-rng has no legacy variant; bus 'pio' rings by port writes too")
     return chardev(ident, socket) + _device("vhost-user-rng", ident, bus, [f"chardev={ident}-socket"])
+
+
+def vsock(socket: Path | str, bus: str, *, ident: str = "vsock0") -> list[str]:
+    """A vhost-user socket device. The guest's CID is what the back end says."""
+    return chardev(ident, socket) + _device("vhost-user-vsock", ident, bus, [f"chardev={ident}-socket"])
 
 
 def net(

@@ -15,6 +15,7 @@ import pytest
 from hcd.demo import jobs, packages, qemu, uml
 from hcd.demo.console import Guest
 from hcd.demo.hcd_process import HcdProcess
+from hcd.demo.initramfs import Tree
 from hcd.demo.packages import MissingToolError
 
 E2FSPROGS = (("mkfs.ext4", "e2fsprogs"), ("fsck.ext4", "e2fsprogs"))
@@ -23,6 +24,27 @@ E2FSPROGS = (("mkfs.ext4", "e2fsprogs"), ("fsck.ext4", "e2fsprogs"))
 @functools.cache
 def _archive(arch: str, modules: tuple[str, ...], tools: tuple[tuple[str, str], ...]) -> bytes:
     return jobs.base_tree(packages.guest_files(arch), modules, tools=tools).cpio()
+
+
+def with_programs(tree: Tree, programs: Mapping[str, bytes] | None) -> Tree:
+    for name, data in (programs or {}).items():
+        tree.add_file(f"/bin/{name}", data, executable=True)
+    return tree
+
+
+@pytest.fixture
+def compile_static(tmp_path: Path, need: Callable[..., None]) -> Callable[[str], bytes]:
+    """``compile_static("x.c")`` builds a program from this directory that runs without libraries."""
+
+    def build(source: str) -> bytes:
+        need("gcc")
+        program = tmp_path / Path(source).stem
+        command = ["gcc", "-static", "-O2", "-Wall", "-o", str(program), str(Path(__file__).parent / source)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return program.read_bytes()
+
+    return build
 
 
 @pytest.fixture
@@ -45,10 +67,7 @@ def boot(short_dir: Path, need: Callable[..., None]) -> Iterator[Callable[..., G
         archive = _archive(vm.kind.arch, (*vm.kind.bus_modules, *modules), E2FSPROGS if tools else ())
         name = f"guest{len(guests)}"
         initrd = short_dir / f"{name}.cpio"
-        tree = jobs.job_tree(job)
-        for program, data in (programs or {}).items():
-            tree.add_file(f"/bin/{program}", data, executable=True)
-        initrd.write_bytes(archive + tree.cpio())
+        initrd.write_bytes(archive + with_programs(jobs.job_tree(job), programs).cpio())
         command = vm.command(packages.guest_files(vm.kind.arch), initrd)
         guests.append(Guest(name, command, short_dir / f"{name}.log"))
         return guests[-1]
@@ -63,15 +82,23 @@ def boot_uml(short_dir: Path, need: Callable[..., None]) -> Iterator[Callable[..
     """``boot_uml(job, devices)`` starts user-mode Linux; ``devices`` are (socket, virtio id)."""
     guests: list[Guest] = []
 
-    def start(job: str, devices: Sequence[tuple[Path, int]], modules: Sequence[str] = jobs.BLOCK) -> Guest:
+    def start(
+        job: str,
+        devices: Sequence[tuple[Path, int]],
+        modules: Sequence[str] = jobs.BLOCK,
+        *,
+        programs: Mapping[str, bytes] | None = None,
+    ) -> Guest:
         need("linux.uml", "busybox")
-        root = short_dir / "root"
+        root = short_dir / f"root{len(guests)}"
         root.mkdir()
+        with_programs(Tree(), programs).write_to(root)
         try:
             command = uml.command(root, job, devices, modules=modules)
         except MissingToolError as exc:
             pytest.fail(str(exc))
-        guests.append(Guest("uml", command, short_dir / "uml.log", cwd=short_dir))
+        name = f"uml{len(guests)}"
+        guests.append(Guest(name, command, short_dir / f"{name}.log", cwd=short_dir))
         return guests[-1]
 
     yield start

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 
-__all__ = ["BlkFeature", "ConsoleFeature", "NetFeature", "RingFeature", "ScsiFeature"]
+__all__ = ["BlkFeature", "ConsoleFeature", "NetFeature", "RingFeature", "ScsiFeature", "VsockFeature"]
 
 
 class RingFeature(enum.IntFlag):
@@ -107,3 +107,11 @@ class ScsiFeature(enum.IntFlag):
     HOTPLUG = 1 << 1
     CHANGE = 1 << 2
     T10_PI = 1 << 3
+
+
+class VsockFeature(enum.IntFlag):
+    """Socket device (5.10.3)."""
+
+    STREAM = 1 << 0
+    SEQPACKET = 1 << 1
+    NO_IMPLIED_STREAM = 1 << 2
