@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from tests.fuzz.codec import CodecFuzz
 from tests.fuzz.devices import DeviceFuzz
+from tests.fuzz.inflight import InflightFuzz
 from tests.fuzz.rings import RingFuzz
 
 #: a step that takes longer (seconds) hangs: every thread's stack is printed, and the run ends
@@ -39,7 +40,12 @@ class Target(Protocol):
     def close(self) -> None: ...
 
 
-TARGETS: dict[str, Callable[[int], Any]] = {"codec": CodecFuzz, "rings": RingFuzz, "devices": DeviceFuzz}
+TARGETS: dict[str, Callable[[int], Any]] = {
+    "codec": CodecFuzz,
+    "rings": RingFuzz,
+    "devices": DeviceFuzz,
+    "inflight": InflightFuzz,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
