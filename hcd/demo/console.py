@@ -82,7 +82,7 @@ class Guest:
         with self._changed:
             while key not in self.values or not wanted(self.values[key]):
                 if key != "status" and "status" in self.values:
-                    raise self._failure(f"finished with status {self.values['status']} before it said {key!r}")
+                    raise self._failure(f"finished with status {self.values['status']} and never said {key!r}")
                 if self._fatal or self._ended:
                     raise self._failure(
                         self._fatal or f"ended (exit status {self.process.wait()}) before it said {key!r}"
