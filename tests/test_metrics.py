@@ -32,6 +32,9 @@ from hcd.metrics.names import BY_NAME, FAMILIES
 class Host:
     spec: Any = field(default_factory=lambda: SimpleNamespace(name="disk0"))
     connected: bool = False
+    kept: object | None = None
+    handovers_resumed: int = 0
+    handovers_failed: int = 0
     protocol_errors: int = 0
     guest_errors: int = 0
     handler_errors: int = 0
@@ -141,6 +144,13 @@ def test_a_device_that_is_gone_leaves_no_info() -> None:
 def test_a_conflict_of_paths_is_a_gauge() -> None:
     (sample,) = parsed(render([Host(path_conflict=True)]))["hcd_path_conflicts"].samples
     assert sample.value == 1
+
+
+def test_sessions_of_an_earlier_process_are_counted_by_outcome() -> None:
+    families = parsed(render([Host(kept=object(), handovers_resumed=2, handovers_failed=1)]))
+    counts = {sample.labels["outcome"]: sample.value for sample in families["hcd_handovers_total"].samples}
+    assert counts == {"resumed": 2, "failed": 1}
+    assert [sample.value for sample in families["hcd_handover_ready"].samples] == [1]
 
 
 def test_the_build_is_told() -> None:

@@ -105,6 +105,9 @@ def _check(record: Record, file: StateFile, given: Mapping[str, int], host: Host
         raise StateError("its front end has gone away meanwhile")
     if file.busy:
         raise StateError("the earlier process died while it handled a message")
+    rings = zip(record.session.vrings, record.rings, strict=True)
+    if record.inflight is None and any(saved.started and ring.base is None for saved, ring in rings):
+        raise StateError("the earlier process died with requests in flight, and nothing had tracked them")
     missing = sorted(record.names - given.keys())
     if missing:
         raise StateError(f"the service manager did not keep {missing[0]} (and {len(missing) - 1} more); see "

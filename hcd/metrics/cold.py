@@ -31,6 +31,12 @@ class HostView(Counting, Protocol):
     @property
     def connected(self) -> bool: ...
     @property
+    def kept(self) -> object | None: ...
+    @property
+    def handovers_resumed(self) -> int: ...
+    @property
+    def handovers_failed(self) -> int: ...
+    @property
     def protocol_errors(self) -> int: ...
     @property
     def guest_errors(self) -> int: ...
@@ -68,6 +74,8 @@ class ColdCollector(Collector):
         yield "hcd_doorbell_info", [(labels, 1) for labels in map(_INFO_LABELS, bells)]
         yield "hcd_doorbell_registered", _registered(bells)
         yield "hcd_connected", self._per_host(lambda host: host.connected)
+        yield "hcd_handovers_total", self._handovers()
+        yield "hcd_handover_ready", self._per_host(lambda host: host.kept is not None)
         yield "hcd_protocol_errors_total", self._per_host(lambda host: host.protocol_errors)
         yield "hcd_guest_errors_total", self._per_host(lambda host: host.guest_errors)
         yield "hcd_handler_errors_total", self._per_host(lambda host: host.handler_errors)
@@ -76,6 +84,13 @@ class ColdCollector(Collector):
         # Read at each scrape: the experiment may run beside a daemon.
         yield "hcd_path_cost_seconds", sorted(load_saved().items())
         yield "hcd_build_info", [((VERSION, platform.python_version()), 1)]
+
+    def _handovers(self) -> Samples:
+        return [
+            ((host.spec.name, outcome), count)
+            for host in self._hosts
+            for outcome, count in (("resumed", host.handovers_resumed), ("failed", host.handovers_failed))
+        ]
 
     def _per_host(self, value: Callable[[HostView], int]) -> Samples:
         return [((host.spec.name,), int(value(host))) for host in self._hosts]

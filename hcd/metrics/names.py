@@ -135,6 +135,20 @@ FAMILIES = (
         False,
     ),
     Family(
+        "hcd_handovers_total",
+        "counter",
+        "Sessions of the process before this one that were gone on with (resumed), or had to end (failed).",
+        ("device", "outcome"),
+        False,
+    ),
+    Family(
+        "hcd_handover_ready",
+        "gauge",
+        "1 while the connected front end would not notice a restart of hcd: the service manager keeps its session.",
+        ("device",),
+        False,
+    ),
+    Family(
         "hcd_protocol_errors_total",
         "counter",
         "Connections that ended because the front end broke the protocol.",

@@ -1,4 +1,4 @@
-"""The verified writer in a guest (writer.c), seen from the host: built, followed and stopped."""
+"""The verified writer in a guest (guest_writer.c), seen from the host: built, followed and stopped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SLOTS = 16
 def build(directory: Path) -> bytes:
     """The program, linked so that it runs without any library. Needs ``cc``."""
     program = directory / "writer"
-    source = Path(__file__).with_name("writer.c")
+    source = Path(__file__).with_name("guest_writer.c")
     command = ["cc", "-O2", "-Wall", "-Werror", "-static", "-pthread", "-o", str(program), str(source)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return program.read_bytes()
