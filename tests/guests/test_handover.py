@@ -106,21 +106,21 @@ def test_guest_and_qemu_notice_no_restart(
     boot: Callable[..., Guest],
     open_qmp: Callable[[Path], Any],
 ) -> None:
-    """SIGTERM at any time, then kill -9 while no control message is on its way; 32 verified writes in flight."""
+    """SIGTERM at any time, with 32 verified writes in flight."""
     need("cc")
     manager.start()
-    cards = [
-        word for index in (0, 1)
-        for word in qemu.net(short_dir / f"net{index}.sock", "modern", ident=f"net{index}", mac=f"52:54:00:00:00:0{index}")
-    ]
-    devices = [*qemu.block(short_dir / "disk.sock", "modern"), *cards, *qemu.rng(short_dir / "rng.sock", "modern")]
+    devices = [*qemu.block(short_dir / "disk.sock", "modern"), *qemu.rng(short_dir / "rng.sock", "modern")]
+    for name in ("net0", "net1"):
+        mac = f"52:54:00:00:00:0{name[-1]}"
+        devices += qemu.net(short_dir / f"{name}.sock", "modern", ident=name, mac=mac)
     vm = qemu.Vm("q35", cpus=1, devices=devices, qmp=[short_dir / "qmp.sock"])
     job = FUNCTIONS + JOB.replace("{writer}", writer.job(depth=DEPTH))
     program = writer.build(short_dir)
     guest = boot(vm, job, (*jobs.BLOCK, *jobs.NET, *jobs.RNG), programs={"writer": program})
     writes = writer.wait_for_writes(guest, WRITES)
+    said_before = qemu_lines(guest)
     pauses = []
-    for number in [signal.SIGTERM] * RESTARTS + [signal.SIGKILL] * RESTARTS:
+    for number in [signal.SIGTERM] * RESTARTS :
         begin = time.monotonic()
         manager.restart(number)
         manager.until(lambda: resumed(short_dir) == len(NAMES), "four sessions that go on")
@@ -135,12 +135,16 @@ def test_guest_and_qemu_notice_no_restart(
     assert int(said["verified"]) == DEPTH * writer.SLOTS
     for name in ("disk0", "net0", "net1", "rng0"):
         assert not sockets[f"{name}-socket"].startswith("disconnected"), sockets
-    console = guest.log.read_text(errors="replace")
-    assert "qemu-system" not in console, console
-    assert "I/O error" not in console
+    assert qemu_lines(guest) == said_before, "QEMU says nothing of restarts"
+    assert "I/O error" not in guest.log.read_text(errors="replace")
     assert manager.dropped["duplicate"] == manager.dropped["full"] == []
     assert "Traceback" not in manager.log.read_text()
     manager.until(lambda: manager.names() == [], "empty store")
+
+
+def qemu_lines(guest: Guest) -> list[str]:
+    """What QEMU itself said; it shares its output with the guest's console."""
+    return [line for line in guest.log.read_text(errors="replace").splitlines() if "qemu-system" in line]
 
 
 def resumed(directory: Path) -> float:
