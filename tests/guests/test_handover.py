@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import guest_writer as writer
+import pytest
 from manager import Manager
 
 from hcd.demo import jobs, qemu
