@@ -1,9 +1,13 @@
-"""What plug-ins do wrong stays theirs: each mistake ends as docs/devices.md says, and the neighbours serve on."""
+"""What plug-ins do wrong stays theirs: each mistake ends as docs/devices.md says, and the neighbours serve on.
+
+On a daemon as an operator runs it, on both lanes, with a neighbour on the same lane that is asked all the time.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,17 +21,22 @@ pytestmark = pytest.mark.long
 Make = Callable[..., Path]
 
 SOURCE = """
+import os
 import time
 from hcd.device import Device
 
 
 class Good(Device):
     virtio_id = 63
-    asked = 0
     def config(self): return b"four"
-    def process(self, queue):
-        for request in queue:
-            self.answer(request)
+    if os.environ["LANE"] == "trio":
+        async def process(self, queue):
+            for request in queue:
+                self.answer(request)
+    else:
+        def process(self, queue):
+            for request in queue:
+                self.answer(request)
     def answer(self, request):
         request.write(request.read().upper())
         request.complete()
@@ -55,6 +64,15 @@ class Blocks(Good):
         time.sleep(1)
         super().answer(request)
 
+class Callback(Good):
+    def open(self, lane):
+        self.lane = lane
+    def answer(self, request):
+        self.lane.call_later(0, self.fails)
+        super().answer(request)
+    def fails(self):
+        raise ZeroDivisionError("late")
+
 class Garbage(Good):
     asks = 0
     def config(self):
@@ -74,29 +92,90 @@ class Refuses(Good):
 """
 
 
-@pytest.fixture
+class Neighbour:
+    """Asks the device "good" without a break, from a thread of its own; every answer must be right."""
+
+    def __init__(self, path: Path) -> None:
+        self._driver = Driver.open(path)
+        self._answers = 0
+        self._wrong: BaseException | None = None
+        self._ended = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._ask, name="neighbour")
+        self._thread.start()
+
+    def _ask(self) -> None:
+        try:
+            while not self._ended:
+                text = b"hello %d" % self._answers
+                assert self._driver.ask(text, 32) == text.upper()
+                with self._changed:
+                    self._answers += 1
+                    self._changed.notify()
+        except BaseException as error:
+            with self._changed:
+                self._wrong = error
+                self._changed.notify()
+
+    def serves_on(self) -> None:
+        """It gets answers to what it asks from now on."""
+        with self._changed:
+            wanted = self._answers + 5
+            assert self._changed.wait_for(lambda: self._wrong or self._answers >= wanted, 10)
+            assert self._wrong is None
+
+    def close(self) -> None:
+        self._ended = True
+        self._thread.join()
+        self._driver.close()
+        assert self._wrong is None
+
+
+class Bad:
+    """The daemon and the neighbour."""
+
+    def __init__(self, hcd: HcdProcess, directory: Path) -> None:
+        self.hcd = hcd
+        self.neighbour = Neighbour(directory / "good")
+
+    def errors(self, device: str = "bad") -> float:
+        return self.hcd.metrics().total("hcd_handler_errors_total", device=device)
+
+
+@pytest.fixture(params=["reactor", "trio"])
 def start(
-    make_distribution: Make, start_hcd: Callable[..., HcdProcess], monkeypatch: pytest.MonkeyPatch
-) -> Callable[[str], HcdProcess]:
-    """Starts hcd with a device of the class given, called "bad", and one that works, "good"."""
+    request: pytest.FixtureRequest,
+    make_distribution: Make,
+    start_hcd: Callable[..., HcdProcess],
+    short_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Callable[[str], Bad]]:
+    """Starts hcd with a device of the class given, called "bad", and one that works, "good", on the same lane.
+
+    The test looks at hcd's log and metrics; in the end the neighbour was served all the time.
+    """
     classes = [word.split("(")[0] for word in SOURCE.split("\nclass ")[1:]]
     types = {name.lower(): f"lamp_bad:{name}" for name in classes} | {"gone": "lamp_nowhere:Gone"}
     site = make_distribution("badworks", "6.6", types, {"lamp_bad": SOURCE})
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH", "")])))
+    monkeypatch.setenv("LANE", request.param)
+    started: list[Bad] = []
 
-    def run(kind: str) -> HcdProcess:
-        return start_hcd(
+    def run(kind: str) -> Bad:
+        hcd = start_hcd(
             f'[[device]]\nname = "bad"\ntype = "{kind}"\nsocket = "{{dir}}/bad"\n'
             '[[device]]\nname = "good"\ntype = "good"\nsocket = "{dir}/good"\n',
             daemon="drain_timeout = 0.2",
         )
+        started.append(Bad(hcd, short_dir))
+        return started[-1]
 
-    return run
-
-
-def neighbour_serves(directory: Path) -> None:
-    with Driver.open(directory / "good") as driver:
-        assert driver.ask(b"hello", 8) == b"HELLO"
+    yield run
+    for bad in started:
+        bad.neighbour.serves_on()
+        bad.neighbour.close()
+        assert bad.errors("good") == 0
+        bad.hcd.kill()  # tracebacks are what was asked for here; a stop would find fault with them
 
 
 @pytest.mark.parametrize(
@@ -107,63 +186,72 @@ def neighbour_serves(directory: Path) -> None:
     ],
 )
 def test_a_handler_that_raises_fails_its_request_alone(
-    kind: str, answer: bytes, line: str, start: Callable[[str], HcdProcess], short_dir: Path
+    kind: str, answer: bytes, line: str, start: Callable[[str], Bad], short_dir: Path
 ) -> None:
     """Counted, and told with one traceback."""
-    hcd = start(kind)
+    bad = start(kind)
     with Driver.open(short_dir / "bad") as driver:
         assert [driver.ask(b"hello", 8) for _ in range(3)] == [answer] * 3
-        neighbour_serves(short_dir)
-    assert hcd.metrics().total("hcd_handler_errors_total", device="bad") == 3
-    assert hcd.metrics().total("hcd_handler_errors_total", device="good") == 0
-    assert line in hcd.log_text
-    assert hcd.log_text.count("Traceback") == 1
-    hcd.kill()  # the traceback is what was asked for; a stop would find fault with it
+        bad.neighbour.serves_on()
+    assert bad.errors() == 3
+    assert line in bad.hcd.log_text
+    assert bad.hcd.log_text.count("Traceback") == 1
+
+
+def test_a_callback_that_raises_is_its_devices_error(start: Callable[[str], Bad], short_dir: Path) -> None:
+    """Counted, and told with one traceback; the device serves on."""
+    bad = start("callback")
+    with Driver.open(short_dir / "bad") as driver:
+        for _ in range(3):
+            assert driver.ask(b"hello", 8) == b"HELLO"
+        while bad.errors() < 3:
+            bad.neighbour.serves_on()
+    assert "Callback: a timer's callback raised ZeroDivisionError: late" in bad.hcd.log_text
+    assert bad.hcd.log_text.count("Traceback") == 1
 
 
 def test_a_request_that_is_never_completed_fails_when_its_queue_stops(
-    start: Callable[[str], HcdProcess], short_dir: Path
+    start: Callable[[str], Bad], short_dir: Path
 ) -> None:
     """At once: nobody holds it."""
-    hcd = start("never")
+    bad = start("never")
     with Driver.open(short_dir / "bad") as driver:
         driver.queues[0].submit(driver.place(b"x"), [])
-        neighbour_serves(short_dir)
+        bad.neighbour.serves_on()  # on the same thread, so the request is taken by then
         assert driver.stop_queue(0) == 1
         assert len(driver.queues[0].used()) == 1
-    assert hcd.metrics().total("hcd_handler_errors_total", device="bad") == 1
-    assert "Never never completed 1 requests" in hcd.log_text
+    assert bad.errors() == 1
+    assert "Never never completed 1 requests" in bad.hcd.log_text
 
 
-def test_a_request_that_is_kept_is_taken_away(start: Callable[[str], HcdProcess], short_dir: Path) -> None:
+def test_a_request_that_is_kept_is_taken_away(start: Callable[[str], Bad], short_dir: Path) -> None:
     """After drain_timeout; its queue can be used again."""
-    hcd = start("keeps")
+    bad = start("keeps")
     with Driver.open(short_dir / "bad") as driver:
         driver.queues[0].submit(driver.place(b"x"), [])
-        neighbour_serves(short_dir)  # on the same thread, so the request is taken by then
+        bad.neighbour.serves_on()
         assert driver.stop_queue(0) == 1
         assert not driver.queues[0].used()
-        neighbour_serves(short_dir)
-    assert "1 requests did not end within 0.2 s" in hcd.log_text
+    assert "1 requests did not end within 0.2 s" in bad.hcd.log_text
 
 
-def test_a_handler_that_blocks_is_named(start: Callable[[str], HcdProcess], short_dir: Path) -> None:
-    """It holds the others up, who serve on afterwards; the metrics show how long it took."""
-    hcd = start("blocks")
+def test_a_handler_that_blocks_is_named_and_counted(start: Callable[[str], Bad], short_dir: Path) -> None:
+    """It holds the others of its lane up, who serve on afterwards; the metrics show how often and for how long."""
+    bad = start("blocks")
     with Driver.open(short_dir / "bad") as driver:
         assert driver.ask(b"hello", 8) == b"HELLO"
-        neighbour_serves(short_dir)
-    assert "bad: the handler of queue 0 took 1" in hcd.log_text
-    slowest = hcd.metrics().quantile("hcd_request_latency_seconds", 1.0, device="bad")
+        bad.neighbour.serves_on()
+    assert "bad: the handler of queue 0 took 1" in bad.hcd.log_text
+    metrics = bad.hcd.metrics()
+    assert metrics.total("hcd_slow_steps_total", device="bad") == 1
+    slowest = metrics.quantile("hcd_request_latency_seconds", 1.0, device="bad")
     assert slowest is not None
     assert slowest >= 1
 
 
-def test_garbage_for_a_configuration_space_is_not_handed_on(
-    start: Callable[[str], HcdProcess], short_dir: Path
-) -> None:
+def test_garbage_for_a_configuration_space_is_not_handed_on(start: Callable[[str], Bad], short_dir: Path) -> None:
     """The front end is told that there is none; requests are served all the same."""
-    hcd = start("garbage")
+    bad = start("garbage")
     with Driver.open(short_dir / "bad") as driver:
         answers: list[bytes | None] = []
         for _ in range(4):
@@ -174,44 +262,32 @@ def test_garbage_for_a_configuration_space_is_not_handed_on(
         assert answers[-1] is None
         assert set(answers) <= {b"four", None}
         assert driver.ask(b"hello", 8) == b"HELLO"
-        neighbour_serves(short_dir)
-    assert hcd.metrics().total("hcd_handler_errors_total", device="bad") == answers.count(None)
-    assert "Garbage: config() raised ValueError: str for a configuration space of 4 bytes" in hcd.log_text
-    hcd.kill()
+    assert bad.errors() == answers.count(None)
+    assert "Garbage: config() raised ValueError: str for a configuration space of 4 bytes" in bad.hcd.log_text
 
 
-def test_a_device_that_cannot_say_what_it_is_loses_its_front_ends(
-    start: Callable[[str], HcdProcess], short_dir: Path
-) -> None:
+def test_a_device_that_cannot_say_what_it_is_loses_its_front_ends(start: Callable[[str], Bad], short_dir: Path) -> None:
     """Every one, and nobody else's."""
-    hcd = start("noconfig")
+    bad = start("noconfig")
     for _ in range(2):
         with pytest.raises(BackendError):
             Driver.open(short_dir / "bad", timeout=5)
-    neighbour_serves(short_dir)
-    assert hcd.metrics().total("hcd_handler_errors_total", device="bad") == 2
-    assert "LookupError: no configuration" in hcd.log_text
-    hcd.kill()
+    assert bad.errors() == 2
+    assert "LookupError: no configuration" in bad.hcd.log_text
 
 
-def test_a_device_that_raises_in_connect_loses_this_connection(
-    start: Callable[[str], HcdProcess], short_dir: Path
-) -> None:
+def test_a_device_that_raises_in_connect_loses_this_connection(start: Callable[[str], Bad], short_dir: Path) -> None:
     """The next one is served."""
-    hcd = start("refuses")
+    bad = start("refuses")
     with pytest.raises(BackendError, match="hung up"):
         Driver.open(short_dir / "bad")
     with Driver.open(short_dir / "bad") as driver:
         assert driver.ask(b"hello", 8) == b"HELLO"
-    neighbour_serves(short_dir)
-    assert hcd.metrics().total("hcd_handler_errors_total", device="bad") == 1
-    assert "RuntimeError: not yet" in hcd.log_text
-    hcd.kill()
+    assert bad.errors() == 1
+    assert "RuntimeError: not yet" in bad.hcd.log_text
 
 
-def test_a_plug_in_that_cannot_be_imported_is_refused_before_anything_is_served(
-    start: Callable[[str], HcdProcess]
-) -> None:
+def test_a_plug_in_that_cannot_be_imported_is_refused_before_anything_is_served(start: Callable[[str], Bad]) -> None:
     """Naming who to write to."""
     with pytest.raises(HcdFailedError, match=r"badworks 6\.6: cannot be imported from lamp_nowhere:Gone"):
         start("gone")
