@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -31,12 +32,27 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize("name", ["mydev", "two-lamps"])
 def test_a_new_package_passes_its_own_tests_mypy_and_ruff(name: str, command: tuple[str, ...], tmp_path: Path) -> None:
     """Before anybody has changed a line."""
-    directory = scaffold.write(name, tmp_path)
+    run_in(scaffold.write(name, tmp_path), command)
+
+
+def run_in(directory: str, command: Sequence[str]) -> None:
     environment = os.environ | {"MYPYPATH": f"{ROOT}:{ROOT}/protocols", "PYTHONPATH": f"{ROOT}:{ROOT}/protocols"}
     done = subprocess.run(
         [sys.executable, "-m", *command], cwd=directory, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("command", [("pytest", "-q", "-p", "no:cacheprovider"), ("mypy", "--cache-dir=/dev/null")])
+def test_an_async_version_of_the_device_passes_the_same_tests(command: tuple[str, ...], tmp_path: Path) -> None:
+    """One word makes it another lane's, and nothing else changes: not the tests, not their outcome."""
+    directory = scaffold.write("mydev", tmp_path)
+    source = Path(directory, "src", "hcd_mydev", "__init__.py")
+    plain = source.read_text(encoding="utf-8")
+    changed = plain.replace("    def process(", "    async def process(")
+    assert changed != plain
+    source.write_text(changed, encoding="utf-8")
+    run_in(directory, command)
 
 
 def test_the_command_says_where_the_package_is(
