@@ -269,20 +269,23 @@ class Backend:
         vring = self._vrings[index]
         vring.on_drained.clear()
         left = vring.queue.inflight
+        age = vring.queue.stats.oldest_ns() / 1e9
         self._release_kick(vring)
         base = vring.queue.stop() if vring.queue.is_started else vring.base
         self.host.lane.forget(vring.queue)
         self.host.lane.attach(vring.queue)
         vring.base = base
         if left:
-            self._give_up(vring, left)
+            self._give_up(vring, left, age)
         return base
 
-    def _give_up(self, vring: _Vring, left: int) -> None:
-        """``left`` requests outlived the drain: their memory is taken away, everybody else gets a twin of it."""
+    def _give_up(self, vring: _Vring, left: int, age: float) -> None:
+        """``left`` requests, the oldest ``age`` seconds old, outlived the drain: their memory is taken away, everybody
+        else gets a twin of it."""
         self.host.log.error(
-            "queue %d: %d requests did not end within %g s and are given up; their late answers go nowhere",
-            vring.queue.index, left, self.host.drain_timeout,
+            "queue %d: %d requests did not end within %g s, the oldest has been there for %.1f s; they are given up, "
+            "their late answers go nowhere",
+            vring.queue.index, left, self.host.drain_timeout, age,
         )
         self._abandoned.append(self.memory)
         self.set_memory(self.memory.twin())

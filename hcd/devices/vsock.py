@@ -21,14 +21,12 @@ from hcd_protocols.virtio.vsock import (
     CONFIG,
     EVENT,
     EVENT_QUEUE,
-    HEADER_SIZE,
     MAX_CID,
     MIN_CID,
     NUM_QUEUES,
     RX_QUEUE,
     TX_QUEUE,
     Event,
-    Header,
     Op,
 )
 
@@ -175,9 +173,10 @@ class Vsock(Device):
     def describe(self, request: Request) -> str:
         if request.queue.index != TX_QUEUE:
             return super().describe(request)
-        header = Header.from_bytes(b"".join(request.readable_views())[:HEADER_SIZE])
-        op = Op(header.op).name.lower() if header.op in Op._value2member_map_ else f"op {header.op}"
-        return f"{op} from port {header.src_port} to {header.dst_cid}:{header.dst_port}, {header.len} bytes"
+        number = request.u16(30)  # offsets of 5.10.6: the payload behind it may be as long as the driver likes
+        op = Op(number).name.lower() if number in Op._value2member_map_ else f"op {number}"
+        source, cid, target, size = request.u32(16), request.u64(8), request.u32(20), request.u32(24)
+        return f"{op} from port {source} to {cid}:{target}, {size} bytes"
 
 
 class _Counts:

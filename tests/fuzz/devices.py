@@ -15,6 +15,7 @@ import logging
 import os
 import random
 import select
+import socket
 import struct
 import tempfile
 import time
@@ -77,6 +78,24 @@ def _net() -> list[Template]:
     return frames
 
 
+def _vsock() -> list[Template]:
+    """virtio 1.3, 5.10.6."""
+    def packet(op: int, port: int, payload: bytes = b"", flags: int = 0, credit: int = 1 << 16) -> Template:
+        head = struct.pack("<QQIIIHHIII", 3, 2, port, 1024 + port % 2, len(payload), 1, op, flags, credit, 0)
+        return head + payload, 44
+
+    packets = [packet(op, port) for op in range(9) for port in (5000, 5001)]
+    packets += [packet(5, 5000, bytes(size)) for size in (1, 100, 4096, 65536)]
+    return [*packets, packet(4, 5000, flags=3), packet(6, 5000, credit=0), packet(1, 5002, credit=0xFFFF_FFFF)]
+
+
+def _console() -> list[Template]:
+    """virtio 1.3, 5.3.6.2, and bytes to be shown."""
+    said = [(port, event, value) for port in (0, 1, 2) for event in range(9) for value in (0, 1)]
+    control = [(struct.pack("<IHH", *one), 4) for one in said]
+    return [*control, (b"hello\r\n", 0), (bytes(range(256)) * 20, 0)]
+
+
 #: Every in-tree device; tests/fuzz/test_fuzz.py checks that none is missing.
 DEVICES: Sequence[Line] = (
     Line("blk", {"ram": 1 << 20, "num-queues": 2}, _blk(), (0, 1 << 9, 1 << 9 | 1 << 13 | 1 << 14)),
@@ -86,6 +105,9 @@ DEVICES: Sequence[Line] = (
     Line("rng", {"max-bytes": 1000, "period": 1}),
     Line("net", {"queue-pairs": 2}, _net(), (0, NET_MRG_RXBUF), twins=1),
     Line("net", {"mrg-rxbuf": False, "mtu": 1500}, _net(), twins=2),
+    Line("vsock", {"uds-path": "{dir}/vsock", "max-connections": 8, "buffer": 4096}, _vsock(), (1,)),
+    Line("console", {"port": ["pty"]}, _console(), (0, 1)),
+    Line("console", {"port": ["pty", "a=file:/dev/null", "b=listen:{dir}/port"]}, _console(), (2, 3, 7)),
     Line("nullio", {"ports": "0x510,0x514/2=7"}),
     Line("echo", {"gpas": "0xfe000000,0xfe000008", "stamps": True}),
 )
@@ -104,11 +126,13 @@ class SyncLane:
 
     def __init__(self) -> None:
         self.shared: dict[str, Any] = {}
+        self.closing = False
+        self.scheduled: list[Virtqueue] = []
+        self._now = 0.0
         self._watches: list[tuple[int, _Handle]] = []
-        self._timers: list[_Handle] = []
+        self._timers: list[tuple[float, _Handle]] = []
         self._posts: list[Callable[[], None]] = []
         self._dirty: list[Virtqueue] = []
-        self.scheduled: list[Virtqueue] = []
 
     def watch(self, fd: int, callback: Callable[[], None]) -> _Handle:
         handle = _Handle(callback)
@@ -117,11 +141,14 @@ class SyncLane:
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> _Handle:
         handle = _Handle(callback)
-        self._timers.append(handle)
+        self._timers.append((self._now + seconds, handle))
         return handle
 
     def post(self, callback: Callable[[], None]) -> None:
-        callback()
+        if self.closing:  # nobody goes round any more, and close() may wait for it
+            callback()
+        else:
+            self._posts.append(callback)
 
     def flush_later(self, queue: Virtqueue) -> None:
         self._dirty.append(queue)
@@ -132,25 +159,31 @@ class SyncLane:
     def schedule(self, queue: Virtqueue) -> None:
         self.scheduled.append(queue)
 
-    def go_round(self, timeout_ms: int = 0) -> None:
-        """Serve what is ready: files, timers whatever their time, posts, and completions to be published."""
-        self._watches = [(fd, handle) for fd, handle in self._watches if handle.callback is not None]
-        if self._watches:
-            poll = select.poll()
-            for fd, _ in self._watches:
-                poll.register(fd, select.POLLIN)
-            ready = {fd for fd, _ in poll.poll(timeout_ms)}
-            for fd, handle in self._watches:
-                if fd in ready and handle.callback is not None:
-                    handle.callback()
-        timers, self._timers = self._timers, []
+    def go_round(self, seconds: float = 0.01, *, wait_ms: int = 0) -> None:
+        """``seconds`` go by on this lane's clock: serve what is ready, due or posted, and publish completions."""
+        self._now += seconds
+        self._serve_files(wait_ms)
+        due = [handle for at, handle in self._timers if at <= self._now]
+        self._timers = [(at, handle) for at, handle in self._timers if at > self._now]
         posts, self._posts = self._posts, []
-        for callback in (*posts, *(handle.callback for handle in timers)):
-            if callback is not None:
-                callback()
+        for callback in posts:
+            callback()
+        for handle in due:
+            if handle.callback is not None:
+                handle.callback()
         dirty, self._dirty = self._dirty, []
         for queue in dirty:
             queue.flush()
+
+    def _serve_files(self, wait_ms: int) -> None:
+        self._watches = [(fd, handle) for fd, handle in self._watches if handle.callback is not None]
+        poll = select.poll()
+        for fd, _ in self._watches:
+            poll.register(fd, select.POLLIN)
+        ready = {fd for fd, _ in poll.poll(wait_ms)} if self._watches else set()
+        for fd, handle in list(self._watches):
+            if fd in ready and handle.callback is not None:
+                handle.callback()
 
 
 class _Complaints(logging.Handler):
@@ -204,6 +237,7 @@ class Played:
         self.lane = lane
         self.faults: list[Exception] = []
         device.open(lane)
+        lane.go_round()
         self.queues = [_Queue(self, index, Arena()) for index in range(device.num_queues)]
         for queue in self.queues:
             queue.arena.templates(list(templates))
@@ -261,13 +295,20 @@ class Played:
         virtqueue.enable_kicks()
         return virtqueue.stats.found_by_poll - taken
 
+    def serve_scheduled(self) -> None:
+        """Turns that the device asked for."""
+        scheduled, self.lane.scheduled = self.lane.scheduled, []
+        for queue in self.queues:
+            if queue.virtqueue in scheduled:
+                self.turn(queue, 0)
+
     def stop(self) -> None:
         for queue in self.queues:
             queue.virtqueue.halt()
             self.device.stop_queue(queue.virtqueue)
         deadline = time.monotonic() + 30
         while any(queue.virtqueue.inflight for queue in self.queues):
-            self.lane.go_round(100)
+            self.lane.go_round(1.0, wait_ms=10)
             for queue in self.queues:
                 for request in queue.virtqueue.lost():
                     raise AssertionError(f"{request} was never completed")
@@ -277,6 +318,7 @@ class Played:
         self.device.disconnect()
 
     def close(self) -> None:
+        self.lane.closing = True
         self.device.close()
         for queue in self.queues:
             queue.arena.close()
@@ -327,6 +369,9 @@ class DeviceFuzz:
         self.by_device: dict[str, int] = {}
         self._directory = tempfile.TemporaryDirectory(prefix="fuzz-")
         (Path(self._directory.name) / "disk").write_bytes(os.urandom(1 << 20))
+        self._listener = socket.socket(socket.AF_UNIX)  # what a guest's sockets reach; nobody ever accepts or reads
+        self._listener.bind(f"{self._directory.name}/vsock_1024")
+        self._listener.listen(1)
         self._complaints = _Complaints()
         self._log = logging.getLogger("hcd")
         self._log.addHandler(self._complaints)
@@ -335,6 +380,7 @@ class DeviceFuzz:
 
     def close(self) -> None:
         self._close_devices()
+        self._listener.close()
         self._log.removeHandler(self._complaints)
         self._log.propagate = True
         self._directory.cleanup()
@@ -374,7 +420,8 @@ class DeviceFuzz:
             count = chance.choice((0, 1, 2, 8, 16))
             self.cases += count
             taken += one.turn(chance.choice(one.queues), count)
-            one.lane.go_round()
+            one.lane.go_round(chance.choice((0.001, 0.01, 0.01, 2.0, 20.0)))
+            one.serve_scheduled()
             if chance.getrandbits(3) == 0:
                 one.configure(chance)
             if one.faults:
@@ -387,10 +434,7 @@ class DeviceFuzz:
 
     def _open_devices(self, line: Line) -> list[Played | _Rings]:
         found = plugins.load(line.type)
-        given = {
-            key: value.format(dir=self._directory.name) if isinstance(value, str) else value
-            for key, value in line.options.items()
-        }
+        given = {key: self._placed(value) for key, value in line.options.items()}
         lane = SyncLane()
         made: list[Played | _Rings] = []
         for n in range(1 + line.twins):
@@ -402,6 +446,12 @@ class DeviceFuzz:
                 bells = found(line.type, {key.replace("-", "_"): value for key, value in given.items()})
                 made.append(_Rings(bells, lane))
         return made
+
+    def _placed(self, value: Any) -> Any:
+        """An option with the directory's name in it."""
+        if isinstance(value, list):
+            return [self._placed(one) for one in value]
+        return value.format(dir=self._directory.name) if isinstance(value, str) else value
 
     def _close_devices(self) -> None:
         if self._open is not None:
