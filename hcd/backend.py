@@ -76,6 +76,7 @@ class Backend:
         queue.handler = self.device.process
         queue.on_error = self._on_error
         queue.on_drained = self._on_drained
+        queue.set_limit(host.limit)
         host.lane.attach(queue)
         host.wrapping.attach(queue)
 

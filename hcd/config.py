@@ -18,6 +18,9 @@
     bus = "pci"                     # optional: pci, mmio, ccw; what the front end plugs the device into
     qmp = "/run/vm/qmp.sock"        # optional: where QEMU can be asked for the path
     wrap = ["log"]                  # optional: run it under these (hcd.wrappers), the first one outermost
+    [device.limits]                 # optional; see hcd.limits
+    requests_per_second = 5000
+    bytes_per_second = "100M"
     [device.options]
     blk-file = "/var/lib/vm/disk0.raw"
 """
@@ -28,7 +31,7 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hcd import options as opt
@@ -37,6 +40,8 @@ from hcd.control.settings import ControlSpec, parse_mode
 from hcd.device import Device, DeviceBase, Option
 from hcd.doorbell import Path
 from hcd.errors import ConfigError, PluginError
+from hcd.limits import NO_LIMITS, Limits
+from hcd.limits import parse as parse_limits
 
 __all__ = [
     "BUSES",
@@ -62,7 +67,7 @@ _SUN_PATH_MAX = 107
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,62}", re.ASCII)
 _DAEMON_KEYS = ("metrics", "poll_us", "drain_timeout")
 _CONTROL_KEYS = ("path", "mode", "owner", "group")
-_DEVICE_KEYS = ("name", "type", "socket", "path", "bus", "qmp", "wrap", "options")
+_DEVICE_KEYS = ("name", "type", "socket", "path", "bus", "qmp", "wrap", "limits", "options")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +96,11 @@ class DeviceSpec:
     qmp: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     wrap: tuple[wrappers.WrapSpec, ...] = ()
+    limits: Limits = NO_LIMITS
+
+    def differs_only_in_effect(self, other: DeviceSpec) -> bool:
+        """Whether ``other`` is the same but for what can be changed while a front end is connected."""
+        return replace(self, limits=other.limits) == other
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +301,7 @@ class _Reader:
             qmp=self.text(table, found, "qmp", check_qmp),
             options=self.options(table, found.get("type"), found.get("options", {})),
             wrap=self.wrap(table, found),
+            limits=self.limits(table, found),
         )
 
     def wrap(self, table: str, found: Mapping[str, Any]) -> tuple[wrappers.WrapSpec, ...]:
@@ -304,6 +315,16 @@ class _Reader:
             self.problem(table, "wrap", str(exc))
             return ()
         return specs
+
+    def limits(self, table: str, found: Mapping[str, Any]) -> Limits:
+        if "limits" not in found:
+            return NO_LIMITS
+        limits, problems = parse_limits(found["limits"])
+        for key, text in problems:
+            self.problem(table, f"limits.{key}" if key else "limits", text)
+        if limits.given and not self.is_virtio(found.get("type")):
+            self.problem(table, "limits", "only virtio devices can be limited")
+        return limits
 
     def is_virtio(self, type_name: object) -> bool:
         try:

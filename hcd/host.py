@@ -15,7 +15,7 @@ import trio
 
 from hcd.config import DeviceSpec
 from hcd.dataplane.stats import HotText, QueueStats
-from hcd.dataplane.virtqueue import Virtqueue
+from hcd.dataplane.virtqueue import Limit, Virtqueue
 from hcd.device import Device, DeviceBase
 from hcd.device_lane import DeviceLane
 from hcd.doorbell import Doorbell, Path, PathSource, Registry
@@ -180,6 +180,10 @@ class HostBase:
         """Open the device and make its counters known. ConfigError when it cannot be opened."""
         raise NotImplementedError
 
+    async def adjust(self, spec: DeviceSpec) -> None:
+        """Go on as ``spec``, which differs only in what can be changed while a peer is connected."""
+        self.spec = spec
+
     async def _open_device(self) -> None:
         """A plain device may take its time in ``open``, for a lock say: not at the cost of trio's side."""
         if self._device.is_async():
@@ -245,6 +249,9 @@ class DeviceHost(HostBase):
         self.device = device
         self.doorbells: list[Doorbell] = []
         self.queue_stats: list[QueueStats] = []
+        #: shared by the queues of every session
+        self.limit = Limit()
+        self.limit.set(*spec.limits.arguments())
         self.wrapping = Stack(spec.wrap, device, self.lane, self.log)
 
     @property
@@ -268,6 +275,10 @@ class DeviceHost(HostBase):
             return None
 
     # -- life
+
+    async def adjust(self, spec: DeviceSpec) -> None:
+        await self.lane.run(lambda: self.limit.set(*spec.limits.arguments()))
+        await super().adjust(spec)
 
     async def open(self) -> None:
         await self._open_device()

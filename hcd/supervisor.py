@@ -55,11 +55,15 @@ class Plan:
     added: tuple[DeviceSpec, ...]
     removed: tuple[DeviceSpec, ...]
     changed: tuple[tuple[DeviceSpec, DeviceSpec], ...]  # before, after
+    adjusted: tuple[DeviceSpec, ...] = ()  # stay as they are, but for limits and the like
 
     def __str__(self) -> str:
         parts = [f"{len(self.kept)} unchanged"]
         for what, specs in (
-            ("added", self.added), ("changed", [new for _, new in self.changed]), ("removed", self.removed)
+            ("added", self.added),
+            ("changed", [new for _, new in self.changed]),
+            ("adjusted", self.adjusted),
+            ("removed", self.removed),
         ):
             if specs:
                 parts.append(f"{what} {', '.join(spec.name for spec in specs)}")
@@ -71,17 +75,19 @@ def make_plan(before: Sequence[DeviceSpec], after: Sequence[DeviceSpec]) -> Plan
     old = {spec.name: spec for spec in before}
     names = {spec.name for spec in after}
     by_path = {_key(spec.socket): spec for spec in before if spec.name not in names and spec.socket}
-    kept, added, changed = [], [], []
+    kept, added, changed, adjusted = [], [], [], []
     for spec in after:
         if old.get(spec.name) == spec:
             kept.append(spec)
+        elif spec.name in old and old[spec.name].differs_only_in_effect(spec):
+            adjusted.append(spec)
         elif (place := old.get(spec.name) or by_path.pop(_key(spec.socket), None)) is not None:
             changed.append((place, spec))
         else:
             added.append(spec)
     replaced = {place.name for place, _ in changed}
     removed = [spec for spec in before if spec.name not in names and spec.name not in replaced]
-    return Plan(tuple(kept), tuple(added), tuple(removed), tuple(changed))
+    return Plan(tuple(kept), tuple(added), tuple(removed), tuple(changed), tuple(adjusted))
 
 
 @dataclass(slots=True, eq=False)
@@ -274,6 +280,8 @@ class Supervisor:
         async with trio.open_nursery() as ending:
             for spec in plan.removed:
                 ending.start_soon(self._end, self._host(spec))
+        for spec in plan.adjusted:
+            await self._host(spec).adjust(spec)
         self.drain_timeout = config.drain_timeout
         for host in self.hosts:
             host.drain_timeout = config.drain_timeout

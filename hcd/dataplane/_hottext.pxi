@@ -59,6 +59,8 @@ HISTOGRAM_FAMILIES = (
     ("hcd_doorbell_ring_seconds", "From the guest's own stamp to the wake-up; only where the guest stamps its rings."),
     ("hcd_request_latency_seconds", "From taking a request off the ring to its completion, by operation."),
 )
+THROTTLED_FAMILY = ("hcd_throttled_seconds_total", "counter",
+                    "How long the limits of the device held the queue back while its driver had requests.")
 OLDEST_FAMILY = ("hcd_oldest_request_seconds", "gauge", "Age of the oldest request in flight; 0 without one.")
 STATUS_NAMES = ("ok", "error", "unsupported")
 
@@ -158,13 +160,16 @@ cdef class _Family:
     cdef int room
     cdef list keep            # (device, owner, labels) of each item
     cdef bint age             # the values are times of CLOCK_MONOTONIC: print how long ago
+    cdef bint seconds         # the values are nanoseconds: print seconds
     cdef bint only_live       # leave out histograms that never counted
 
-    def __cinit__(self, str name, str kind, str text, *, bint age=False, bint only_live=False):
+    def __cinit__(self, str name, str kind, str text, *, bint age=False, bint seconds=False,
+                  bint only_live=False):
         self.name = name.encode()
         self.head = f"# HELP {name} {text}\n# TYPE {name} {kind}\n".encode()
         self.keep = []
         self.age = age
+        self.seconds = seconds
         self.only_live = only_live
 
     def __dealloc__(self):
@@ -222,6 +227,8 @@ cdef class _Family:
         buf_put(b, "} ", 2)
         if self.age:
             buf_seconds(b, now - s.seen if s.seen and now > s.seen else 0)
+        elif self.seconds:
+            buf_seconds(b, s.seen)
         else:
             buf_u64(b, s.seen)
         buf_put(b, "\n", 1)
@@ -288,6 +295,7 @@ cdef class HotText:
     cdef list counters
     cdef list histograms
     cdef _Family oldest
+    cdef _Family throttled
     cdef _Document document
     cdef buf_t scratch
     cdef bint torn            # series went: the places in the document are not those of the text any more
@@ -299,6 +307,7 @@ cdef class HotText:
         self.histograms = [_Family(name, "histogram", text, only_live=name == "hcd_doorbell_ring_seconds")
                            for name, text in HISTOGRAM_FAMILIES]
         self.oldest = _Family(*OLDEST_FAMILY, age=True)
+        self.throttled = _Family(*THROTTLED_FAMILY, seconds=True)
         self.document = _Document()
         self.torn = True
 
@@ -336,6 +345,7 @@ cdef class HotText:
             labels = _labels(device=device, queue=queue)
             self._family(F_INFLIGHT).add(device, stats, &stats.c.inflight, NULL, labels)
             self.oldest.add(device, stats, &stats.c.oldest, NULL, labels)
+            self.throttled.add(device, stats, &stats.c.throttled, NULL, labels)
 
     def add_interrupt(self, str device, str interrupt, InterruptStats stats):
         """Export ``stats``; the interrupt's name stands as the queue."""
@@ -363,7 +373,7 @@ cdef class HotText:
                 family.remove(device)
 
     def _families(self):
-        return [*self.counters, self.oldest, *self.histograms]
+        return [*self.counters, self.oldest, self.throttled, *self.histograms]
 
     def render(self):
         """The hot families, HELP and TYPE of each and then its series, as a view of the document: release it soon.

@@ -25,6 +25,7 @@ ctypedef struct queue_counts_t:
     uint64_t handler_errors
     uint64_t oldest          # CLOCK_MONOTONIC of the oldest request's pop, 0 without one
     uint64_t inflight
+    uint64_t throttled       # ns
     uint64_t requests[48]    # MAX_OPS * STATUSES
 
 cdef void hist_add(hist_t *h, uint64_t ns) noexcept nogil

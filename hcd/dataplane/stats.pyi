@@ -53,6 +53,7 @@ class QueueStats:
     guest_errors: int
     handler_errors: int
     inflight: int
+    throttled_ns: int  # how long a limit held the queue back; goes on every second while it does
     def requests(self, op: int, status: int) -> int: ...  # status 0 ok, 1 error, 2 unsupported
     def latency(self, op: int) -> Histogram: ...
     def oldest_ns(self) -> int: ...  # age of the oldest request in flight, 0 without one

@@ -214,6 +214,10 @@ cdef class QueueStats:
         return self.c.inflight
 
     @property
+    def throttled_ns(self):
+        return self.c.throttled
+
+    @property
     def drops(self):
         return self.c.drops
 

@@ -41,6 +41,7 @@ ctypedef struct vring_t:      # all that polling and publishing touch, for use w
     bint running              # started, enabled, mapped and sound: the ring may be touched
     bint notify               # the driver is asked to ring
     bint passive              # what waits in the ring is no reason for a turn
+    bint throttled            # a limit holds the queue back: the ring counts as empty
     char *desc                # split: descriptor table; packed: the ring
     char *driver              # split: available ring; packed: driver event area
     char *device              # split: used ring; packed: device event area
@@ -73,6 +74,11 @@ ctypedef struct chain_t:      # the scatter list of one request: readable pieces
     uint16_t last
     bint again                # recovered: another process took it from the ring
 
+ctypedef struct bucket_t:
+    double rate               # tokens a second; 0: no limit
+    double burst              # how many it holds
+    double level
+
 ctypedef struct cursor_t:
     uint32_t i                # piece
     uint64_t at               # offset in it
@@ -86,6 +92,23 @@ cdef class Inflight:
 
     cdef int check(self, uint64_t offset, uint64_t size) except -1
     cdef char *part(self, int index, bint packed) except NULL
+
+cdef class Limit:
+    cdef bint on
+    cdef bucket_t requests
+    cdef bucket_t bytes
+    cdef uint64_t filled      # when both buckets were filled last
+    cdef double virtual       # virtual time of the queue that was furthest behind at the last wake-up
+    cdef uint64_t epoch
+    cdef list waiting         # queues that are throttled
+    cdef object timer
+
+    cdef void fill(self, uint64_t now) noexcept
+    cdef bint enough(self) noexcept
+    cdef bint admit(self, Virtqueue q) except -1
+    cdef int arm(self, Virtqueue q) except -1
+    cdef void charge(self, Virtqueue q, double requests, double bytes) noexcept
+    cdef int release(self, Virtqueue q) except -1
 
 cdef class Request:
     cdef Virtqueue vq
@@ -155,6 +178,12 @@ cdef class Virtqueue:
     cdef uint32_t publish_at
     cdef uint64_t woken
     cdef uint64_t batch_woken
+    # its limit, shared with the other queues of the device: see _limit.pxi
+    cdef Limit limit
+    cdef double virtual
+    cdef double virtual_end
+    cdef uint64_t epoch
+    cdef uint64_t throttled_since
     # where things are counted
     cdef DoorbellStats doorbell
     cdef readonly QueueStats stats
@@ -193,6 +222,7 @@ cdef class Virtqueue:
     cdef uint32_t batch_size(self) noexcept
     cdef int signal(self) except -1
     cdef bint update_running(self)
+    cdef int unthrottle(self) except -1
     cpdef flush(self)
     cpdef uint64_t read_kick(self) except? 0xffffffffffffffff
     cpdef begin_turn(self, uint64_t woken, bint by_ring, bint batch=*)

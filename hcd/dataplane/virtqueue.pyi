@@ -90,6 +90,18 @@ class Inflight:
     def set_alarm(self, fd: int) -> None: ...
     def close(self) -> None: ...  # the fd; queues that use the region keep its memory
 
+class Limit:
+    """What the queues of one device may take together, on average and at once. For the thread that owns them."""
+
+    def __init__(self) -> None: ...
+    def set(
+        self, requests: float = 0, requests_burst: float = 0, bytes: float = 0, bytes_burst: float = 0
+    ) -> None: ...  # a second; 0: no limit. Bursts of less than 5 ms worth, or of less than one, are so much
+    @property
+    def active(self) -> bool: ...
+    @property
+    def throttled(self) -> int: ...  # queues that it holds back now
+
 class Virtqueue:
     """The device's side of one ring. Its owner thread alone touches it, but for ``Request.complete``."""
 
@@ -160,6 +172,7 @@ class Virtqueue:
     def start(
         self, features: int, size: int, desc: int, driver: int, device: int, base: int, big_endian: bool = False
     ) -> None: ...
+    def set_limit(self, limit: Limit | None) -> None: ...
     def set_enabled(self, enabled: bool) -> None: ...
     def halt(self) -> None: ...
     def stop(self) -> int: ...

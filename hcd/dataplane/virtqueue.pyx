@@ -95,6 +95,7 @@ include "_ring.pxi"
 include "_split.pxi"
 include "_packed.pxi"
 include "_inflight.pxi"
+include "_limit.pxi"
 include "_request.pxi"
 
 
@@ -110,6 +111,8 @@ cdef void nudge_end() noexcept nogil:
 
 cdef bint ring_has_work(vring_t *r) noexcept nogil:
     """Whether a look at the ring finds a request. Touches guest memory: only while ``running``."""
+    if r.throttled:
+        return False
     if r.again:
         return True
     return packed_has_work(r) if r.packed else split_has_work(r)
@@ -190,6 +193,7 @@ cdef class Virtqueue:
         cdef vring_t *r = &self.ring
         drop_record(self)
         self.recovered = 0
+        self.unthrottle()
         memset(r, 0, sizeof(vring_t))
         r.batch_slot = -1
         r.packed = (features >> F_RING_PACKED) & 1
@@ -262,7 +266,19 @@ cdef class Virtqueue:
     cdef bint update_running(self):
         self.ring.running = (self.started and self.enabled and not self.halted and self.ring.desc != NULL
                              and not self.broken)
+        if not self.ring.running:
+            self.unthrottle()
         return self.ring.running
+
+    cdef int unthrottle(self) except -1:
+        if self.limit is not None:
+            self.limit.release(self)
+        return 0
+
+    def set_limit(self, Limit limit):
+        """Take no more than ``limit`` allows to all queues that have it; None: as much as there is."""
+        self.unthrottle()
+        self.limit = limit
 
     def set_enabled(self, bint enabled):
         self.enabled = enabled
@@ -372,6 +388,8 @@ cdef class Virtqueue:
             self.break_ring(f"more chains are made available than the ring of {self.ring.size} holds, while as many "
                             "are in flight")
             return None
+        if self.limit is not None and self.limit.on and not self.limit.admit(self):
+            return None
         r = self.fresh()
         r.c.n_out = r.c.n_in = 0
         r.c.out_size = r.c.in_size = 0
@@ -402,6 +420,8 @@ cdef class Virtqueue:
             self.stats.c.found_ring += 1
         else:
             self.stats.c.found_poll += 1
+        if self.limit is not None and self.limit.on:
+            self.limit.charge(self, 1, <double>(r.c.out_size + r.c.in_size))
         self.link(r)
         return r
 
@@ -487,6 +507,8 @@ cdef class Virtqueue:
             self.stats.c.found_ring -= 1
         else:
             self.stats.c.found_poll -= 1
+        if self.limit is not None and self.limit.on:
+            self.limit.charge(self, -1, -<double>(r.c.out_size + r.c.in_size))
         if r.c.again:
             self.ring.again += 1
         elif self.ring.packed:
@@ -528,6 +550,8 @@ cdef class Virtqueue:
         self.stats.c.requests[r.op * STATUSES + r.status] += 1
         self.stats.c.from_guest += r.c.out_size
         self.stats.c.to_guest += written
+        if self.limit is not None and self.limit.on:
+            self.limit.charge(self, 0, <double>written - <double>r.c.in_size)
         hist_add(&self.stats.latencies[r.op], now - r.popped)
         if not self.ring.in_order:
             return self.retire(r, written)
@@ -717,7 +741,7 @@ cdef class Virtqueue:
 
     cpdef bint enable_kicks(self) except -1:
         """Ask the driver to ring; returns whether requests came in meanwhile, which it may not ring for."""
-        if not self.ring.running:
+        if not self.ring.running or self.ring.throttled:
             return False
         if self.ring.passive:
             # The event index after the last request taken would pass those that wait: no kick for the next one.

@@ -106,6 +106,13 @@ FAMILIES = (
         True,
     ),
     Family(
+        "hcd_throttled_seconds_total",
+        "counter",
+        "How long the limits of the device held the queue back while its driver had requests.",
+        _QUEUE,
+        True,
+    ),
+    Family(
         "hcd_interrupts_total",
         "counter",
         "Interrupt decisions after completions: sent, suppressed by the driver, pending (one is due "
