@@ -89,13 +89,16 @@ class Disk:
     def _load(self) -> None:
         try:
             while not self._stop.is_set():
-                data = self.done.to_bytes(8, "little") * 512
-                self.driver.write(self.done % 64 * 8, data)
-                if self.driver.read(self.done % 64 * 8, len(data)) != data:
-                    raise ValueError("other data came back than was written")
+                self._write_and_read()
                 self.done += 1
         except Exception as error:
             self.error = f"{type(error).__name__}: {error}"
+
+    def _write_and_read(self) -> None:
+        data = self.done.to_bytes(8, "little") * 512
+        self.driver.write(self.done % 64 * 8, data)
+        if self.driver.read(self.done % 64 * 8, len(data)) != data:
+            raise ValueError("other data came back than was written")
 
     def goes_on(self) -> bool:
         """Whether requests end that began only now."""
@@ -255,6 +258,21 @@ def wait_for_line(unit: str, text: str) -> str:
 
 
 @step
+def restart() -> Result:
+    """The manager keeps the descriptors of the connection, and gives them to the next process."""
+    before = until("hcd.service", MainPID="[1-9].*", NFileDescriptorStore="[1-9].*")
+    systemctl("restart", "hcd.service")
+    after = until("hcd.service", ActiveState="active", MainPID="[1-9].*", StatusText=".* 1 connected: disk0")
+    return {
+        "stored": int(before["NFileDescriptorStore"]),
+        "served": held.goes_on(),
+        "error": held.error,
+        "another": after["MainPID"] != before["MainPID"],
+        "drawn": entropy(RUN / "rng1.sock"),
+    }
+
+
+@step
 def activation() -> Result:
     """hcd@disk1 is started by the first connection to its socket."""
     make_image("disk1")
@@ -264,10 +282,19 @@ def activation() -> Result:
     allowed = {"group": attempt(RUN / "disk1.sock", ["kvm"]), "others": attempt(RUN / "disk1.sock", [])}
     client = Disk(RUN / "disk1.sock")
     served = client.goes_on()
+    systemctl("restart", "hcd@disk1.service")
+    restarted = client.goes_on()
     client.close()
     after = show("hcd@disk1.service", "ActiveState", "StatusText")
     systemctl("stop", "hcd@disk1.service")
-    return {"before": before, **allowed, "served": served, **after, "socket": (RUN / "disk1.sock").is_socket()}
+    return {
+        "before": before,
+        **allowed,
+        "served": served,
+        "restarted": restarted,
+        **after,
+        "socket": (RUN / "disk1.sock").is_socket(),
+    }
 
 
 @step
@@ -304,6 +331,7 @@ def stop() -> Result:
     return {
         **show("hcd.service", "ActiveState", "Result", "NRestarts"),
         "error": held.error,
+        "went_on": sum("went on with the front end" in line for line in log),
         "traces": [line for line in log if "Traceback" in line],
         "connections": sum("disk0: front end connected" in line for line in log),
         "sockets": sorted(path.name for path in RUN.glob("*.sock")),
