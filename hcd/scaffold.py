@@ -140,6 +140,9 @@ hcd device $name -- qemu-system-x86_64 -m 256M \\
     -drive file=guest.qcow2,if=virtio
 ```
 
+QEMU has no front end for most devices. From 10.2 on `vhost-user-test-device-pci` is one for any; `hcd qemu-args`
+says how it is told what the device is.
+
 The device is `src/$module/__init__.py`; the contract that it keeps is hcd's `docs/devices.md`.
 """
 

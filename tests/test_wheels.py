@@ -163,6 +163,29 @@ def test_a_plug_in_from_its_own_wheel_runs_beside_hcd(environment: Environment) 
     assert environment.run(f"hcd device lamp --text=abc -- python -c '{script}' {{socket}}") == "b'abc'\n"
 
 
+def test_the_example_installs_from_its_own_wheel(environment: Environment, need: Callable[..., None]) -> None:
+    """docs/examples/hcd-guestmem, as a stranger would build and install it; a front end uses it, metrics show it."""
+    need("curl")
+    source = environment.directory / "source"
+    shutil.copytree(ROOT / "docs" / "examples" / "hcd-guestmem", source, ignore=shutil.ignore_patterns(".*", "build"))
+    build(source, environment.directory)
+    environment.run("pip install -q hcd_guestmem-1.0.0-py3-none-any.whl && rm -r source")
+    assert "metrics=guestmem_bytes," in environment.run("hcd devices --dump guestmem")
+    (environment.directory / "report.py").write_text(
+        "import sys\n"
+        "from hcd.testing import Driver\n"
+        "with Driver.open(sys.argv[1], queues=3) as driver:\n"
+        "    driver.ask((4).to_bytes(2, 'little') + (4711).to_bytes(8, 'little'), queue=2)\n"
+    )
+    (environment.directory / "report.sh").write_text(
+        "python report.py $1 && exec curl --silent --unix-socket metrics.sock http://localhost/metrics\n"
+    )
+    said = environment.run(
+        "hcd device guestmem --interval=0.01 --metrics=unix:metrics.sock -- sh report.sh {socket}"
+    )
+    assert 'hcd_device_guestmem_bytes{device="guestmem",kind="free"} 4711.0' in said
+
+
 def test_the_commands_of_the_page_run_in_order(environment: Environment, need: Callable[..., None]) -> None:
     """docs/devices.md from the first to the last, with a real guest."""
     need("qemu-system-x86_64", "busybox", "curl", "apt-get", "dpkg")

@@ -27,11 +27,26 @@ from pathlib import Path
 
 from hcd.demo.packages import GuestFiles, MissingToolError
 
-__all__ = ["BUS_PATHS", "MACHINES", "Machine", "Vm", "accelerator", "block", "chardev", "net", "rng", "share", "vsock"]
+__all__ = [
+    "BUS_PATHS",
+    "MACHINES",
+    "Machine",
+    "Vm",
+    "accelerator",
+    "any_device",
+    "block",
+    "chardev",
+    "net",
+    "rng",
+    "share",
+    "vsock",
+]
 
 #: bus -> the path by which its doorbells leave the guest
 BUS_PATHS = {"legacy": "pio", "modern": "mmio", "pio": "pio", "mmio": "mmio", "ccw": "hypercall"}
 
+#: they know only virtio 1.x, and say so by not having the properties
+_MODERN_ONLY = ("vhost-user-rng", "vhost-user-test-device")
 _PCI_PROPERTIES = {
     "legacy": ("disable-modern=on", "disable-legacy=off"),
     "modern": ("disable-legacy=on",),
@@ -163,8 +178,7 @@ def _device(name: str, ident: str, bus: str, properties: Sequence[str]) -> list[
     words = [f"{name}{suffix}", f"id={ident}", *properties]
     if bus in _PCI_PROPERTIES:
         known = _PCI_PROPERTIES[bus]
-        # The entropy device knows only virtio 1.x, and says so by not having the properties.
-        words += [word for word in known if name != "vhost-user-rng" or "legacy" not in word]
+        words += [word for word in known if name not in _MODERN_ONLY or "legacy" not in word]
         words.append("romfile=")
     return ["-device", ",".join(words)]
 
@@ -195,6 +209,18 @@ def rng(socket: Path | str, bus: str, *, ident: str = "rng0") -> list[str]:
 def vsock(socket: Path | str, bus: str, *, ident: str = "vsock0") -> list[str]:
     """A vhost-user socket device. The guest's CID is what the back end says."""
     return chardev(ident, socket) + _device("vhost-user-vsock", ident, bus, [f"chardev={ident}-socket"])
+
+
+def any_device(
+    socket: Path | str, bus: str, virtio_id: int, *, queues: int, config_size: int = 0, ident: str = "any0"
+) -> list[str]:
+    """Whatever listens on ``socket``, by QEMU's front end for any device (from 10.2 on, virtio 1 only).
+
+    QEMU does not wait for a chardev that connects again by itself, and fails: so this one does not.
+    """
+    told = [f"virtio-id={virtio_id}", f"num_vqs={queues}", f"config_size={config_size}"]
+    properties = [f"chardev={ident}-socket", *told]
+    return chardev(ident, socket) + _device("vhost-user-test-device", ident, bus, properties)
 
 
 def net(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +19,7 @@ from hcd.demo.console import Guest
 from hcd.demo.hcd_process import HcdProcess
 from hcd.demo.initramfs import Tree
 from hcd.demo.packages import MissingToolError
+from hcd.qemu.version import version_of
 
 E2FSPROGS = (("mkfs.ext4", "e2fsprogs"), ("fsck.ext4", "e2fsprogs"))
 
@@ -45,6 +48,35 @@ def compile_static(tmp_path: Path, need: Callable[..., None]) -> Callable[[str],
         return program.read_bytes()
 
     return build
+
+
+#: the first QEMU that has a front end for any device, and the release of Debian to take one from
+TEST_DEVICE_VERSION, TEST_DEVICE_SUITE = (10, 2), "forky"
+
+
+@pytest.fixture
+def test_device_qemu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, need: Callable[..., None]) -> None:
+    """Guests that the test boots have a QEMU with vhost-user-test-device: the installed one, or Debian's next."""
+    installed = shutil.which("qemu-system-x86_64")
+    if installed is not None and version_of(installed) >= TEST_DEVICE_VERSION:
+        return
+    need("apt-get", "dpkg")
+    suite = TEST_DEVICE_SUITE
+    try:
+        root = packages.unpacked(f"qemu-{suite}", lambda _: ["qemu-system-x86"], suite=suite, whole=True)
+    except (RuntimeError, MissingToolError) as error:
+        pytest.skip(f"no QEMU {TEST_DEVICE_VERSION} is installed, and none can be had: {error}")
+    program = tmp_path / "bin" / "qemu-system-x86_64"
+    program.parent.mkdir()
+    share = root / "usr" / "share"
+    # With its own libraries and its own loader: they are newer than those of this machine.
+    program.write_text(
+        f'#!/bin/sh\nexec {root}/usr/lib64/ld-linux-x86-64.so.2 --library-path {root}/usr/lib/x86_64-linux-gnu '
+        f'{root}/usr/bin/qemu-system-x86_64 -L {share}/qemu -L {share}/seabios "$@"\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    assert version_of(str(program)) >= TEST_DEVICE_VERSION
 
 
 @pytest.fixture
