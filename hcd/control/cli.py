@@ -88,7 +88,7 @@ def _guarded(run: Run, arguments: argparse.Namespace) -> int:
     try:
         return run(arguments)
     except NoDaemonError as error:
-        return _fail(error, EX_NO_DAEMON)
+        return _fail(error, EX_DENIED if error.denied else EX_NO_DAEMON)
     except CallError as error:
         return _fail(error, EX_DENIED if error.kind == "permission" else EX_WRONG)
 

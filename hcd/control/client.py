@@ -26,7 +26,11 @@ LONG_PATIENCE = 300.0
 
 
 class NoDaemonError(HcdError):
-    """Nobody answers."""
+    """Nobody answers. ``denied``: a socket is there, but not for us."""
+
+    def __init__(self, text: str, *, denied: bool = False) -> None:
+        super().__init__(text)
+        self.denied = denied
 
 
 class Client:
@@ -43,7 +47,8 @@ class Client:
             greeting = self._receive()
         except (OSError, CallError) as error:
             self._socket.close()
-            raise NoDaemonError(f"{path}: {_reason(error)}") from None
+            denied = isinstance(error, PermissionError)
+            raise NoDaemonError(f"{path}: {_reason(error)}", denied=denied) from None
         except BaseException:
             self._socket.close()
             raise
@@ -121,12 +126,14 @@ def connect(given: str | None) -> Client:
     NoDaemonError says where none was found.
     """
     tried: list[str] = []
+    denied = False
     for path in settings.candidates(given):
         try:
             return Client(path)
         except NoDaemonError as error:
-            tried.append(str(error))
-    raise NoDaemonError("\n".join([f"no daemon answers at {line}" for line in tried] + list(_advice(given))))
+            tried.append(f"no daemon answers at {error}")
+            denied = denied or error.denied
+    raise NoDaemonError("\n".join([*tried, *([] if denied else _advice(given))]), denied=denied)
 
 
 def _advice(given: str | None) -> Iterator[str]:

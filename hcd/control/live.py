@@ -93,13 +93,14 @@ def _show(lines: list[str], on_terminal: bool) -> None:
 
 
 def _room(on_terminal: bool) -> int | None:
-    """Lines of the terminal."""
+    """Lines of the terminal; None where there is none, or one that does not know (serial lines say 0)."""
     if not on_terminal:
         return None
     try:
-        return max(os.get_terminal_size(sys.stdout.fileno()).lines, 3)
+        lines = os.get_terminal_size(sys.stdout.fileno()).lines
     except OSError:
         return None
+    return max(lines, 3) if lines else None
 
 
 def _quit(keys: int, interval: float) -> bool:

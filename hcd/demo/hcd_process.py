@@ -124,6 +124,8 @@ class HcdProcess:
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "hcd", *arguments],
+                # not the machine's control socket; the configuration may name another
+                env={**os.environ, "HCD_CONTROL": ""},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

@@ -10,13 +10,15 @@ _BYTES = ("B", "K", "M", "G", "T", "P")
 _COUNTS = ("", "k", "M", "G", "T")
 
 
-def align(header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[str] = ()) -> list[str]:
-    """A table, two spaces between columns, those named in ``right`` flush right. Cells are made printable."""
+def align(
+    header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[str] = (), gap: str = "  "
+) -> list[str]:
+    """A table, ``gap`` between columns, those named in ``right`` flush right. Cells are made printable."""
     table = [list(header), *([printable(cell) or "-" for cell in row] for row in rows)]
     widths = [max(len(row[at]) for row in table) for at in range(len(header))]
     flush = [name in set(right) for name in header]
     return [
-        "  ".join(
+        gap.join(
             cell.rjust(width) if to_right else cell.ljust(width)
             for cell, width, to_right in zip(row, widths, flush, strict=True)
         ).rstrip()

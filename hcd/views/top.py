@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 from hcd.control.snapshot import DeviceState, Snapshot
 from hcd.views.problems import find_problems
-from hcd.views.text import align, bytes_, cut, duration, printable, rate, time_ago
+from hcd.views.text import align, bytes_, count, cut, duration, printable, rate, time_ago
 
 __all__ = ["COLUMNS", "Activity", "activities", "top"]
 
-COLUMNS = ("DEVICE", "TYPE", "PATH", "REQ/S", "RINGS/S", "READ/S", "WRITE/S", "INFL", "LOAD", "P99", "ERR")
+COLUMNS = ("DEVICE", "PATH", "REQ/S", "RINGS/S", "READ/S", "WRITE/S", "INFL", "LOAD", "P99", "ERR")
 WIDTH = 80
-_NAME, _TYPE = 15, 6
-_RIGHT = COLUMNS[3:]
+_NAME, _PATH = 15, 7
+_RIGHT = COLUMNS[2:]
 #: upper bounds of the exported buckets, seconds
 _BOUNDS = tuple((1 << k) / 1e9 for k in range(10, 31))
 
@@ -28,7 +28,6 @@ class Activity:
     """One device in one interval, by the second. ``errors``: requests that failed in it, not by the second."""
 
     name: str
-    type: str
     path: str
     requests: float
     rings: float
@@ -62,7 +61,6 @@ def _activity(before: DeviceState | None, now: DeviceState, seconds: float) -> A
     buckets = [b - a for a, b in zip(old.buckets, new.buckets, strict=True)] if old.buckets else new.buckets
     return Activity(
         name=now.name,
-        type=now.type,
         path=",".join(dict.fromkeys(bell.path for bell in now.doorbells if bell.current)),
         requests=requests / seconds,
         rings=rings / seconds,
@@ -117,26 +115,30 @@ def top(before: Snapshot | None, now: Snapshot, lines: int | None = None) -> lis
     interval = f"last {now.now - before.now:.1f} s" if before is not None else "since the start"
     connected = sum(device.peer is not None for device in now.devices)
     head = f"hcd {now.hcd}, pid {now.pid}, up {time_ago(now.uptime)}; {connected} of {len(rows)} connected; {interval}"
-    frame = [head, *(f"! {problem}" for problem in find_problems(now)), "", *align(COLUMNS, rows, _RIGHT)]
+    frame = [head, *(f"! {problem}" for problem in find_problems(now)), "", *_table(rows)]
     if lines is not None and len(frame) > lines:
         hidden = len(frame) - lines + 1
         frame = [*frame[: lines - 1], f"... and {hidden} more"]
     return [cut(printable(line), WIDTH) for line in frame]
 
 
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    table = align(COLUMNS, rows, _RIGHT)
+    return table if max(map(len, table)) <= WIDTH else align(COLUMNS, rows, _RIGHT, gap=" ")
+
+
 def _row(one: Activity) -> Sequence[str]:
     return (
         cut(one.name, _NAME),
-        cut(one.type, _TYPE),
-        cut(one.path, 7),
+        cut(one.path, _PATH),
         rate(one.requests),
         rate(one.rings),
         _volume(one.to_guest),
         _volume(one.from_guest),
-        str(one.inflight),
+        count(one.inflight),
         rate(one.load) if one.load >= 0.05 else "-",
         duration(one.p99),
-        str(one.errors) if one.errors else "-",
+        count(one.errors) if one.errors else "-",
     )
 
 
