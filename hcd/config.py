@@ -6,6 +6,7 @@
     metrics = "127.0.0.1:9847"      # or "[::1]:9847", or "unix:/run/hcd/metrics.sock"; absent: not served
     poll_us = 32                    # how long the reactor polls rings before it sleeps; 0: never
     drain_timeout = 5.0             # seconds that a stopping queue waits for requests in flight
+    stuck_after = 30.0              # seconds after which a request in flight counts as stuck; 0: never
 
     [control]                       # optional: see hcd.control.settings
     path = "/run/hcd/control.sock"
@@ -18,6 +19,7 @@
     bus = "pci"                     # optional: pci, mmio, ccw; what the front end plugs the device into
     qmp = "/run/vm/qmp.sock"        # optional: where QEMU can be asked for the path
     wrap = ["log"]                  # optional: run it under these (hcd.wrappers), the first one outermost
+    stuck_after = 10.0              # optional: another one for this device
     [device.limits]                 # optional; see hcd.limits
     requests_per_second = 5000
     bytes_per_second = "100M"
@@ -61,13 +63,16 @@ DECLARABLE = (Path.PIO, Path.MMIO, Path.HYPERCALL, Path.DIRECT)
 BUSES = ("pci", "mmio", "ccw")
 DEFAULT_POLL_US = 32
 DEFAULT_DRAIN_TIMEOUT = 5.0
+DEFAULT_STUCK_AFTER = 30.0
+#: the longest time that can be configured, in seconds
+_HOUR = 3600
 
 #: sun_path holds 108 bytes, the last one a NUL
 _SUN_PATH_MAX = 107
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,62}", re.ASCII)
-_DAEMON_KEYS = ("metrics", "poll_us", "drain_timeout")
+_DAEMON_KEYS = ("metrics", "poll_us", "drain_timeout", "stuck_after")
 _CONTROL_KEYS = ("path", "mode", "owner", "group")
-_DEVICE_KEYS = ("name", "type", "socket", "path", "bus", "qmp", "wrap", "limits", "options")
+_DEVICE_KEYS = ("name", "type", "socket", "path", "bus", "qmp", "wrap", "stuck_after", "limits", "options")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +102,11 @@ class DeviceSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
     wrap: tuple[wrappers.WrapSpec, ...] = ()
     limits: Limits = NO_LIMITS
+    stuck_after: float = DEFAULT_STUCK_AFTER
 
     def differs_only_in_effect(self, other: DeviceSpec) -> bool:
         """Whether ``other`` is the same but for what can be changed while a front end is connected."""
-        return replace(self, limits=other.limits) == other
+        return replace(self, limits=other.limits, stuck_after=other.stuck_after) == other
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +208,7 @@ class _Reader:
         self.file = file
         self.find_type = find_type
         self.problems: list[str] = []
+        self.stuck_after = DEFAULT_STUCK_AFTER  # of devices that say nothing
 
     def read(self, document: Mapping[str, Any]) -> DaemonConfig:
         self.unknown_keys("", document, ("daemon", "control", "device"))
@@ -255,7 +262,9 @@ class _Reader:
         if "poll_us" in found:
             read["poll_us"] = self.number(table, found, "poll_us", int, 1_000_000)
         if "drain_timeout" in found:
-            read["drain_timeout"] = self.number(table, found, "drain_timeout", float, 3600)
+            read["drain_timeout"] = self.number(table, found, "drain_timeout", float, _HOUR)
+        if "stuck_after" in found:
+            self.stuck_after = self.number(table, found, "stuck_after", float, _HOUR)
         return read
 
     def control(self, found: object) -> ControlSpec:
@@ -302,6 +311,8 @@ class _Reader:
             options=self.options(table, found.get("type"), found.get("options", {})),
             wrap=self.wrap(table, found),
             limits=self.limits(table, found),
+            stuck_after=self.number(table, found, "stuck_after", float, _HOUR) if "stuck_after" in found
+            else self.stuck_after,
         )
 
     def wrap(self, table: str, found: Mapping[str, Any]) -> tuple[wrappers.WrapSpec, ...]:

@@ -21,7 +21,7 @@ from functools import partial
 
 import trio
 
-from hcd import activation, sockets, systemd, watch
+from hcd import activation, sockets, stuck, systemd, watch
 from hcd.activation import Activation
 from hcd.config import Address, DaemonConfig
 from hcd.control import settings
@@ -142,6 +142,7 @@ async def _serve_all(daemon: _Daemon, stack: AsyncExitStack) -> None:
     _log.info("ready: %s", ", ".join(host.spec.name for host in supervisor.hosts))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(watch.report_status, daemon.notifier, supervisor)
+        nursery.start_soon(keep_up, "stuck requests", partial(stuck.watch, supervisor))
         if daemon.watchdog is not None:
             nursery.start_soon(watch.keep_watchdog, daemon.notifier, lanes.reactor, daemon.watchdog)
         if listeners:

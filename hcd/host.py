@@ -169,6 +169,10 @@ class HostBase:
         return self._device.instruments
 
     @property
+    def stuck_requests(self) -> int:
+        return 0
+
+    @property
     def guest_errors(self) -> int:
         return 0
 
@@ -180,8 +184,9 @@ class HostBase:
         """Open the device and make its counters known. ConfigError when it cannot be opened."""
         raise NotImplementedError
 
-    async def adjust(self, spec: DeviceSpec) -> None:
-        """Go on as ``spec``, which differs only in what can be changed while a peer is connected."""
+    def adjust(self, spec: DeviceSpec) -> None:
+        """Go on as ``spec``, which differs only in what can be changed while a peer is connected. Returns at once, also
+        while the lane hangs."""
         self.spec = spec
 
     async def _open_device(self) -> None:
@@ -249,10 +254,16 @@ class DeviceHost(HostBase):
         self.device = device
         self.doorbells: list[Doorbell] = []
         self.queue_stats: list[QueueStats] = []
+        #: by queue: how many requests are in flight for longer than ``spec.stuck_after`` (:mod:`hcd.stuck`)
+        self.stuck: dict[int, int] = {}
         #: shared by the queues of every session
         self.limit = Limit()
         self.limit.set(*spec.limits.arguments())
         self.wrapping = Stack(spec.wrap, device, self.lane, self.log)
+
+    @property
+    def stuck_requests(self) -> int:
+        return sum(self.stuck.values())
 
     @property
     def guest_errors(self) -> int:
@@ -276,9 +287,9 @@ class DeviceHost(HostBase):
 
     # -- life
 
-    async def adjust(self, spec: DeviceSpec) -> None:
-        await self.lane.run(lambda: self.limit.set(*spec.limits.arguments()))
-        await super().adjust(spec)
+    def adjust(self, spec: DeviceSpec) -> None:
+        super().adjust(spec)
+        self.lane.post(lambda: self.limit.set(*spec.limits.arguments()))
 
     async def open(self) -> None:
         await self._open_device()

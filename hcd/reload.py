@@ -18,7 +18,7 @@ from hcd.systemd import Notifier
 __all__ = ["FIXED", "Outcome", "Reloader"]
 
 #: what only a restart changes
-FIXED = (("[daemon] metrics", "metrics"), ("[daemon] poll_us", "poll_us"), ("[control]", "control"))
+FIXED = (("[daemon] metrics", "metrics"), ("[control]", "control"))
 
 _log = logging.getLogger("hcd.daemon")
 

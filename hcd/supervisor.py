@@ -281,8 +281,10 @@ class Supervisor:
             for spec in plan.removed:
                 ending.start_soon(self._end, self._host(spec))
         for spec in plan.adjusted:
-            await self._host(spec).adjust(spec)
+            self._host(spec).adjust(spec)
         self.drain_timeout = config.drain_timeout
+        reactor = self._lanes.reactor.reactor
+        reactor.post(lambda: reactor.set_poll_us(config.poll_us))  # nobody waits: it may hang in a handler
         for host in self.hosts:
             host.drain_timeout = config.drain_timeout
         self._unlisten()

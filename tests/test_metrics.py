@@ -39,6 +39,7 @@ class Host:
     guest_errors: int = 0
     handler_errors: int = 0
     slow_steps: int = 0
+    stuck_requests: int = 0
     path_conflict: bool = False
     instruments: Instruments = field(default_factory=lambda: Instruments(()))
 

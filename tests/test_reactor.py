@@ -209,3 +209,38 @@ def test_idle_means_asleep(running: Running) -> None:
     beats = running.reactor.beats
     running.do(lambda: None)
     assert running.reactor.beats - beats <= 3
+
+
+def test_polling_is_turned_off_and_on_while_it_runs() -> None:
+    """Without polling, work that comes right after work is waited for; with it, it is found by looking."""
+    running = Running(200)
+    pair = make_pair()
+    done = threading.Event()
+
+    def handler(queue: Virtqueue) -> None:
+        for request in queue:
+            request.complete()
+            done.set()
+
+    kick = serve(running, pair, handler)
+
+    def sleeps(poll_us: float) -> int:
+        """How often the reactor slept for 200 requests, each offered as soon as the last one is done."""
+        running.do(lambda: running.reactor.set_poll_us(poll_us))
+        before = running.reactor.sleeps
+        for _ in range(200):
+            done.clear()
+            pair.ring.add([], [pair.room(1)])
+            pair.ring.publish()
+            if pair.ring.kick_needed():
+                os.eventfd_write(kick, 1)
+            assert done.wait(LIMIT)
+            while not pair.ring.used():
+                pass
+        return running.reactor.sleeps - before
+
+    assert sleeps(0) >= 150
+    assert sleeps(1_000_000) < 150
+    running.do(lambda: (running.reactor.forget(pair.queue), pair.close(), running.watches.pop().cancel()))
+    running.close()
+    os.close(kick)

@@ -407,10 +407,12 @@ def test_what_only_a_restart_changes_is_said(start: Start, short_dir: Path) -> N
     file = write(short_dir)
     hcd = start("run", file)
     hcd.until("READY=1")
-    write(short_dir, "poll_us = 5\ndrain_timeout = 2")
+    write(short_dir, f'metrics = "unix:{short_dir}/metrics.sock"\npoll_us = 5\ndrain_timeout = 2\nstuck_after = 3')
     hcd.hangup()
-    hcd.process.until(r"\[daemon\] poll_us has changed; that takes effect at the next restart")
-    hcd.process.until("reloaded: 1 unchanged")
+    hcd.process.until(r"\[daemon\] metrics has changed; that takes effect at the next restart")
+    hcd.process.until("reloaded: 0 unchanged; adjusted desk")
+    _, log = hcd.process.end(signal.SIGTERM)
+    assert "poll_us" not in log
 
 
 def spec(name: str, path: str = "", **options: int) -> DeviceSpec:

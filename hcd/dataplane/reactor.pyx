@@ -167,6 +167,12 @@ cdef class Reactor:
         heapq.heappush(self.timers, (t.when, self.timer_seq, t))
         return t
 
+    def set_poll_us(self, double poll_us):
+        """Poll for at most so long from now on."""
+        self.poll_ns = <uint64_t>(poll_us * 1000)
+        if self.window > self.poll_ns:
+            self.window = self.poll_ns
+
     def schedule(self, Virtqueue q not None):
         """Give ``q`` a turn although nobody rang: it was just started, or its device has something for it."""
         self.mark(q, hcd_now(), False)

@@ -739,6 +739,16 @@ cdef class Virtqueue:
             p = (<Request>p).newer
         return found
 
+    def older_than(self, uint64_t ns):
+        """How many requests have been in flight for longer than ``ns`` nanoseconds."""
+        cdef PyObject *p = self.oldest
+        cdef uint64_t now = hcd_now()
+        cdef int n = 0
+        while p != NULL and (<Request>p).popped + ns < now:
+            n += 1
+            p = (<Request>p).newer
+        return n
+
     cpdef bint enable_kicks(self) except -1:
         """Ask the driver to ring; returns whether requests came in meanwhile, which it may not ring for."""
         if not self.ring.running or self.ring.throttled:

@@ -45,6 +45,8 @@ class HostView(Counting, Protocol):
     @property
     def slow_steps(self) -> int: ...
     @property
+    def stuck_requests(self) -> int: ...
+    @property
     def path_conflict(self) -> bool: ...
 
 
@@ -80,6 +82,7 @@ class ColdCollector(Collector):
         yield "hcd_guest_errors_total", self._per_host(lambda host: host.guest_errors)
         yield "hcd_handler_errors_total", self._per_host(lambda host: host.handler_errors)
         yield "hcd_slow_steps_total", self._per_host(lambda host: host.slow_steps)
+        yield "hcd_stuck_requests", self._per_host(lambda host: host.stuck_requests)
         yield "hcd_path_conflicts", self._per_host(lambda host: host.path_conflict)
         # Read at each scrape: the experiment may run beside a daemon.
         yield "hcd_path_cost_seconds", sorted(load_saved().items())

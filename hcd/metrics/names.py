@@ -184,6 +184,13 @@ FAMILIES = (
         False,
     ),
     Family(
+        "hcd_stuck_requests",
+        "gauge",
+        "Requests in flight for longer than stuck_after.",
+        ("device",),
+        False,
+    ),
+    Family(
         "hcd_path_conflicts",
         "gauge",
         "1 while the path that QEMU reports is another one than the declared path.",
