@@ -32,7 +32,6 @@ device run on one thread and never at the same time (those that are async: never
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -42,6 +41,7 @@ from hcd.dataplane.virtqueue import Request, Virtqueue
 from hcd.doorbell import Path
 from hcd.errors import ConfigError, DeviceError, GuestError
 from hcd.instruments import Counter, Gauge, Histogram, Instruments, Metric
+from hcd.log import DeviceLog
 from hcd.sockets import UnixListener
 
 __all__ = [
@@ -135,7 +135,8 @@ class DeviceBase:
     def __init__(self, name: str, options: Mapping[str, Any]) -> None:
         self.name = name
         self.option = dict(options)
-        self.log = logging.LoggerAdapter(logging.getLogger("hcd.device"), {"device": name})
+        #: warnings and errors that repeat are said five times a minute, then counted
+        self.log = DeviceLog("hcd.device", name)
         #: for hcd: what /metrics reads
         self.instruments = Instruments(self.metrics)
 

@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import IO
+from typing import IO, Any
 
-__all__ = ["LEVELS", "Formatter", "RateLimited", "journal_reads", "setup"]
+__all__ = ["LEVELS", "DeviceLog", "Formatter", "RateLimited", "journal_reads", "setup"]
 
 LEVELS = ("debug", "info", "warning", "error")
 
 Logger = logging.Logger | logging.LoggerAdapter  # type: ignore[type-arg]
 
+#: where an argument goes
+_PLACE = re.compile(r"%[-+ #0]*[\d.]*[a-zA-Z]")
 #: more keys than any sane daemon has; beyond it the one that was silent longest is forgotten
 _MAX_KEYS = 1024
 
@@ -67,6 +70,13 @@ class RateLimited:
 
     def log(self, level: int, key: Hashable, message: str, *args: object) -> bool:
         """Log ``message % args`` unless ``key`` has used up its lines; returns whether it was logged."""
+        allowed = self.admits(level, key)
+        if allowed:
+            self._logger.log(level, message, *args)
+        return allowed
+
+    def admits(self, level: int, key: Hashable) -> bool:
+        """Whether ``key`` has a line left; it is used up then. Says first what was kept back before."""
         with self._lock:
             now = self._clock()
             window = self._keys.get(key)
@@ -82,8 +92,6 @@ class RateLimited:
             window.suppressed += not allowed
         if suppressed:
             self._report(level, key, suppressed)
-        if allowed:
-            self._logger.log(level, message, *args)
         return allowed
 
     def warning(self, key: Hashable, message: str, *args: object) -> bool:
@@ -103,6 +111,19 @@ class RateLimited:
     def _report(self, level: int, key: Hashable, suppressed: int) -> None:
         what = key if isinstance(key, str) else "this"
         self._logger.log(level, "%d more lines about %s were suppressed", suppressed, what)
+
+
+class DeviceLog(logging.LoggerAdapter):  # type: ignore[type-arg]
+    """The log of one device. A guest may cause its warnings and errors: those that repeat are limited, by their text
+    before arguments are put in."""
+
+    def __init__(self, logger: str, device: str) -> None:
+        super().__init__(logging.getLogger(logger), {"device": device})
+        self._limit = RateLimited(logging.LoggerAdapter(self.logger, self.extra))
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        if level < logging.WARNING or self._limit.admits(level, _PLACE.sub("…", str(msg))):
+            super().log(level, msg, *args, **kwargs)
 
 
 class _Window:

@@ -168,3 +168,18 @@ def test_keys_without_end_do_not_fill_memory(logger: logging.Logger, lines: Line
         limited.warning(n, "key %d", n)
     assert len(limited._keys) <= 1024
     assert not limited.warning(4999, "the newest are remembered")
+
+
+def test_a_guest_cannot_fill_the_log_through_its_device(caplog: pytest.LogCaptureFixture) -> None:
+    """Warnings that repeat are counted, each kind for itself; what a device says at info is not limited."""
+    device = log.DeviceLog("hcd.under.test", "disk0")
+    with caplog.at_level(logging.INFO):
+        for n in range(20):
+            device.warning("port %d: nonsense", n)
+            device.info("block %d", n)
+        device.error("another thing")
+    said = [record.getMessage() for record in caplog.records]
+    assert [line for line in said if "port" in line] == [f"port {n}: nonsense" for n in range(5)]
+    assert sum("block" in line for line in said) == 20
+    assert said[-1] == "another thing"
+    assert all(getattr(record, "device", "") == "disk0" for record in caplog.records)
