@@ -217,6 +217,7 @@ cdef class Virtqueue:
     cdef int break_ring(self, str why) except -1
     cdef int used(self, Request r, uint32_t written) except -1
     cdef int settle(self, Request r, int64_t written) except -1
+    cdef Request oldest_of_ring(self)
     cdef int settle_now(self, Request r, int64_t written) except -1
     cdef int flush_now(self) except -1
     cdef uint32_t batch_size(self) noexcept

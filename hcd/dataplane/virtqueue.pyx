@@ -246,7 +246,16 @@ cdef class Virtqueue:
             raise ProtocolError(f"queue {self.index}: base {base:#x} is outside a ring of {r.size} entries")
 
     cdef void new_generation(self) noexcept:
-        """What is in flight now belongs to a ring that was."""
+        """What is in flight now belongs to a ring that was; what only waits for an older request (IN_ORDER) is done."""
+        cdef PyObject *p = self.oldest
+        cdef Request r
+        while p != NULL:
+            r = <Request>p
+            p = r.newer
+            if r.state == WAITS:
+                r.state = DONE
+                r.mem = None
+                self.unlink(r)
         self.generation += 1
         self.n_stale = self.n_inflight
 
@@ -553,16 +562,22 @@ cdef class Virtqueue:
         if self.limit is not None and self.limit.on:
             self.limit.charge(self, 0, <double>written - <double>r.c.in_size)
         hist_add(&self.stats.latencies[r.op], now - r.popped)
-        if not self.ring.in_order:
+        if not self.ring.in_order or r.generation != self.generation:
             return self.retire(r, written)
         r.state = WAITS
         r.result = written
-        while self.oldest != NULL:
-            next_one = <Request>self.oldest
-            if next_one.state != WAITS:
-                break
+        next_one = self.oldest_of_ring()
+        while next_one is not None and next_one.state == WAITS:
             self.retire(next_one, next_one.result)
+            next_one = self.oldest_of_ring()
         return 0
+
+    cdef Request oldest_of_ring(self):
+        """The oldest request in flight that is not left over from a ring that was."""
+        cdef PyObject *p = self.oldest
+        while p != NULL and (<Request>p).generation != self.generation:
+            p = (<Request>p).newer
+        return <Request>p if p != NULL else None
 
     cdef int retire(self, Request r, int64_t written) except -1:
         cdef bint current = self.started and r.generation == self.generation
