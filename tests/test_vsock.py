@@ -667,3 +667,15 @@ def test_a_driver_that_goes_on_is_told_that_its_connections_are_gone(packed: boo
         events.submit([], [(room, 4)])
         served.run(lambda: None)
         assert not events.used()
+
+
+def test_ports_of_another_process_are_hardly_met_again(path: str) -> None:
+    """A driver may believe that it still has connections with them."""
+    ports = set()
+    for _ in range(3):
+        with serve(Vsock, {"uds-path": path}) as served, served.driver() as front:
+            sock, port = from_host(VsockDriver(front), path)
+            sock.close()
+            ports.add(port)
+    assert len(ports) == 3
+    assert all(vsock_table.FIRST_PORT <= port <= vsock_table.LAST_PORT for port in ports)

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import random
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -73,7 +74,8 @@ class Table:
         self._strays: deque[Header] = deque()
         self._rx: Virtqueue | None = None
         self._held: Virtqueue | None = None  # the transmit queue, while strays wait
-        self._next_port = FIRST_PORT
+        # Not where an earlier process began: a driver may still hold its connections, and ignores requests on them.
+        self._next_port = random.randint(FIRST_PORT, LAST_PORT)
 
     def start(self, lane: Lane) -> None:
         self._lane = lane

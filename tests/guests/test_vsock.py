@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from manager import Manager
 
 from hcd.demo import jobs, qemu, uml
 from hcd.demo.console import Guest
@@ -205,3 +207,67 @@ def test_a_paused_guest_keeps_its_connections(
         sock.settimeout(30)
         assert sock.recv(1) == b""
         sock.close()
+
+
+@pytest.fixture
+def manager(short_dir: Path) -> Iterator[Manager]:
+    """hcd under a service manager that keeps its sessions over restarts."""
+    config = short_dir / "hcd.toml"
+    config.write_text(DEVICE.replace("{dir}", str(short_dir)))
+    with Manager(short_dir, [sys.executable, "-m", "hcd", "run", str(config)]) as manager:
+        manager.start()
+        yield manager
+
+
+RESTARTED = f"""
+vsock_peer idle {HOST}
+vsock_peer talk {HOST} {SMALL} 2
+say talked=again
+vsock_peer echo {GUEST} 1
+"""
+
+
+def test_a_guest_learns_of_a_restart_and_connects_again(
+    manager: Manager,
+    short_dir: Path,
+    boot_uml: Callable[..., Guest],
+    compile_static: Callable[[str], bytes],
+    host_echo: HostEcho,
+) -> None:
+    """The front end notices nothing; the guest's connections are reset by an event, and new ones work."""
+    programs = {"vsock_peer": compile_static("vsock_peer.c")}
+    guest = boot_uml(RESTARTED, [(short_dir / "vu.sock", uml.VSOCK_ID)], jobs.VSOCK, programs=programs)
+    guest.wait_for("idle")
+    manager.restart()
+    assert guest.wait_for("idle-ended") == "Connection reset by peer"
+    assert guest.wait_for("talked") == "again"
+    guest.wait_for("listening")
+    with reach_guest(short_dir / "x.vsock") as sock:
+        talk(sock, SMALL, 3)
+    guest.wait()
+
+
+def test_a_guest_of_qemu_goes_on_after_a_restart(
+    manager: Manager,
+    short_dir: Path,
+    boot: Callable[..., Guest],
+    compile_static: Callable[[str], bytes],
+    host_echo: HostEcho,
+) -> None:
+    """QEMU keeps the event queue, so the guest is told nothing; new connections work in both directions."""
+    job = f"""
+    vsock_peer idle {HOST} &
+    vsock_peer echo {GUEST} 1
+    vsock_peer talk {HOST} {SMALL} 2
+    say talked=again
+    """
+    programs = {"vsock_peer": compile_static("vsock_peer.c")}
+    vm = qemu.Vm("q35", devices=qemu.vsock(short_dir / "vu.sock", "modern"))
+    guest = boot(vm, job, jobs.VSOCK, programs=programs)
+    guest.wait_for("idle")
+    guest.wait_for("listening")
+    manager.restart()
+    manager.until(lambda: "went on with the front end" in manager.log.read_text(), "a session that goes on")
+    with reach_guest(short_dir / "x.vsock") as sock:
+        talk(sock, SMALL, 3)
+    assert guest.wait()["talked"] == "again"
