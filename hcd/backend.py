@@ -11,6 +11,9 @@ waiting are the transport's. Theory of operation (vhost-user.rst, "Ring states";
   spurious.
 * GET_VRING_BASE stops a ring: no new requests, those in flight are waited for (by the transport, with a limit), then
   the ring is let go.
+* A region that records requests in flight comes before the rings that it is for, or at least before they are enabled.
+  Where the front end keeps it, its record says where a ring stands, at every start: what SET_VRING_BASE said may be
+  older (and QEMU's is, after this process was killed). One that hcd keeps itself counts only where a ring goes on.
 * Every fd that a message brought is owned here from the moment of the call, also when the call fails.
 """
 
@@ -22,9 +25,11 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from hcd_protocols.vhost_user.features import TransportFeature
+
 from hcd.dataplane.memory import MemoryTable, describe_mode
 from hcd.dataplane.stats import DoorbellStats
-from hcd.dataplane.virtqueue import Virtqueue
+from hcd.dataplane.virtqueue import Inflight, Virtqueue
 from hcd.device import Handle
 from hcd.doorbell import Doorbell
 from hcd.errors import DeviceError, GuestError, ProtocolError
@@ -34,6 +39,10 @@ __all__ = ["Backend", "eventfd_count"]
 
 #: virtio 1.3, 6
 RING_PACKED = 1 << 34
+
+
+#: where a ring begins that the driver has just made, split and packed
+_NEW_RINGS = frozenset({0, 0x8000, 0x80008000})
 
 
 @dataclass(slots=True)
@@ -51,6 +60,8 @@ class _Vring:
     err: int = -1
     enabled: bool = False
     active: bool = False  # the device was told that the queue runs
+    resume: bool = False  # hcd's own record of requests in flight holds for the next start
+    left_at: int | None = None  # or for one at this base, where it stopped with requests left
     watch: Handle | None = None
     on_drained: list[Callable[[], None]] = field(default_factory=list)
 
@@ -65,6 +76,8 @@ class Backend:
         self.features = 0
         #: eventfd that is signalled when the front end truncates its memory under us
         self.alarm = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.inflight: Inflight | None = None
+        self._own_inflight = False
         self._abandoned: list[MemoryTable] = []  # memory of requests that were given up on while others went on
         self._vrings = [self._make_vring(index, bell) for index, bell in enumerate(host.doorbells)]
 
@@ -128,6 +141,54 @@ class Backend:
         for vring in self._vrings:
             vring.queue.set_memory(table)
             self._update(vring)
+
+    # -- requests in flight
+
+    def set_inflight(self, area: Inflight, *, own: bool = False, resume: bool = False) -> None:
+        """Record the requests in flight in ``area``, which belongs to the back end from now on.
+
+        ``own``: it is not the front end's. Then a ring that starts begins its record anew, at the base that the front
+        end gives, unless ``resume`` says that it goes on where the last process left it; that holds once for each.
+        ProtocolError, and nothing has changed, when a ring is running or the region is too small for the rings.
+        """
+        try:
+            self._check_inflight(area)
+        except BaseException:
+            area.close()
+            raise
+        idle = [vring for vring in self._vrings if vring.queue.is_started]
+        for vring in idle:
+            vring.queue.stop()
+        self._release_inflight()
+        self.inflight, self._own_inflight = area, own
+        area.set_alarm(self.alarm)
+        for vring in self._vrings:
+            vring.resume, vring.left_at = resume, None
+        for vring in idle:
+            self._update(vring)
+
+    def _check_inflight(self, area: Inflight) -> None:
+        if self.features & TransportFeature.RING_PACKED and not area.holds_packed:
+            raise ProtocolError(f"the in-flight region has {area.size} bytes, too few for packed rings")
+        for vring in self._vrings:
+            if vring.queue.is_started and (vring.enabled or vring.queue.inflight):
+                raise ProtocolError(f"SET_INFLIGHT_FD comes while queue {vring.queue.index} runs")
+
+    def _release_inflight(self) -> None:
+        if self.inflight is not None:
+            self.inflight.set_alarm(-1)
+            self.inflight.close()
+            self.inflight = None
+
+    def _start(self, vring: _Vring, desc: int, avail: int, used: int) -> None:
+        queue, base = vring.queue, vring.base
+        resume = not self._own_inflight or vring.resume or base == vring.left_at
+        queue.set_inflight(self.inflight, resume)
+        queue.start(self.features, vring.num, desc, avail, used, base, vring.big_endian)
+        vring.resume, vring.left_at = False, None
+        if queue.recovered:
+            self.host.log.info("queue %d: %d requests were in flight when the last back end ended; they are served "
+                               "now", queue.index, queue.recovered)
 
     # -- vrings
 
@@ -199,7 +260,7 @@ class Backend:
         if not queue.is_started and vring.num and vring.addresses and vring.kick >= 0 and self.memory.regions:
             desc, avail, used = vring.addresses
             queue.set_memory(self.memory)
-            queue.start(self.features, vring.num, desc, avail, used, vring.base, vring.big_endian)
+            self._start(vring, desc, avail, used)
         queue.set_enabled(vring.enabled)
         if queue.running and not vring.active:
             vring.active = True
@@ -269,10 +330,12 @@ class Backend:
         """Let the ring go; returns its base. Requests still in flight are given up."""
         vring = self._vrings[index]
         vring.on_drained.clear()
-        left = vring.queue.inflight
+        left, waiting = vring.queue.inflight, vring.queue.waiting
         age = vring.queue.stats.oldest_ns() / 1e9
         self._release_kick(vring)
         base = vring.queue.stop() if vring.queue.is_started else vring.base
+        # A base where new rings begin as well says nothing about which of them comes next.
+        vring.left_at = base if (left or waiting) and base not in _NEW_RINGS else None
         self.host.lane.forget(vring.queue)
         self.host.lane.attach(vring.queue)
         vring.base = base
@@ -340,6 +403,7 @@ class Backend:
             vring.call = vring.err = -1
             vring.queue.set_doorbell(DoorbellStats())
             vring.queue.set_memory(MemoryTable())
+            vring.queue.set_inflight(None)
             if vring.queue.inflight:
                 self.host.log.warning("queue %d: %d requests were in flight when the front end went away; their late "
                                       "answers go nowhere", vring.queue.index, vring.queue.inflight)
@@ -349,6 +413,7 @@ class Backend:
         for table in (self.memory, *self._abandoned):
             table.set_alarm(-1)
             table.revoke()
+        self._release_inflight()
         _close(self.alarm)
         self.memory = MemoryTable()
         self._abandoned.clear()

@@ -143,6 +143,10 @@ cdef class Inflight:
         return self.region.size
 
     @property
+    def holds_packed(self):
+        return self.region.size >= self.num_queues * record_bytes(self.queue_size, True)
+
+    @property
     def poisoned(self):
         return self.region.poisoned
 

@@ -86,6 +86,8 @@ class Inflight:
     @property
     def queue_size(self) -> int: ...
     @property
+    def holds_packed(self) -> bool: ...  # it has room for the records of packed rings, which are larger
+    @property
     def poisoned(self) -> bool: ...  # somebody truncated it
     def set_alarm(self, fd: int) -> None: ...
     def close(self) -> None: ...  # the fd; queues that use the region keep its memory

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
-from typing import Self
+from typing import NamedTuple, Self
 
 from hcd_protocols.vhost_user import (
     BackChannelPeer,
@@ -30,7 +30,7 @@ from hcd.frontend.ring import DriverRing
 from hcd.frontend.ring_packed import PackedRing
 from hcd.frontend.ring_split import SplitRing
 
-__all__ = ["DEVICE_FEATURES", "PROTOCOL_FEATURES", "Frontend"]
+__all__ = ["DEVICE_FEATURES", "PROTOCOL_FEATURES", "Frontend", "InflightRegion"]
 
 #: bits that belong to the device type, not to rings or transport (virtio 1.3, 2.2)
 DEVICE_FEATURES = (1 << 24) - 1
@@ -43,6 +43,7 @@ PROTOCOL_FEATURES = (
     | ProtocolFeature.BACKEND_REQ
     | ProtocolFeature.CROSS_ENDIAN
     | ProtocolFeature.CONFIG
+    | ProtocolFeature.INFLIGHT_SHMFD
     | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
@@ -50,6 +51,16 @@ PROTOCOL_FEATURES = (
 
 #: device status bits, virtio 1.3 2.1
 ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK = 1, 2, 4, 8
+
+
+class InflightRegion(NamedTuple):
+    """What GET_INFLIGHT_FD brought; SET_INFLIGHT_FD carries the same. Sizes in bytes."""
+
+    fd: int
+    mmap_size: int
+    mmap_offset: int
+    num_queues: int
+    queue_size: int
 
 
 class Frontend:
@@ -83,6 +94,8 @@ class Frontend:
         self.queues: dict[int, Queue] = {}
         self._shared: list[Region] = []
         self._back_channel: socket.socket | None = None
+        #: where the back end records requests in flight, if it was asked to; outlives connections
+        self.inflight: InflightRegion | None = None
         try:
             self.link = self._connect()
         except BaseException:
@@ -108,8 +121,12 @@ class Frontend:
         device: int = DEVICE_FEATURES,
         protocol: int = PROTOCOL_FEATURES,
         first_kick: int = 0,
+        inflight: bool = False,
     ) -> Self:
-        """Connect, negotiate, share the memory and start ``queues`` queues of ``size`` entries."""
+        """Connect, negotiate, share the memory and start ``queues`` queues of ``size`` entries.
+
+        ``inflight``: have the back end record requests in flight, for the one that comes after it.
+        """
         self = cls(address, memory=memory, memory_size=memory_size, timeout=timeout, acks=acks)
         try:
             self.negotiate(
@@ -120,6 +137,8 @@ class Frontend:
                 device=device,
                 protocol=protocol,
             )
+            if inflight:
+                self.request_inflight(queues, size)
             self.share_memory()
             for index in range(queues):
                 self.start_queue(index, size, first_kick=first_kick)
@@ -140,6 +159,7 @@ class Frontend:
         for queue in self.queues.values():
             queue.close()
         self.queues.clear()
+        self._drop_inflight()
         if self._owns_memory:
             self.memory.close()
 
@@ -285,6 +305,39 @@ class Frontend:
                 self.link.tell(connection.add_mem_reg, _wire_region(region), region.fd)
         self._shared = list(wanted)
 
+    # -- requests in flight
+
+    def request_inflight(self, queues: int, size: int) -> None:
+        """Ask for a region that records the requests in flight of ``queues`` queues of ``size`` entries, and hand it
+        over as the back end's. BackendError where it is not negotiated or not made.
+        """
+        if not self.has(ProtocolFeature.INFLIGHT_SHMFD):
+            raise BackendError("the back end does not offer INFLIGHT_SHMFD")
+        reply = self.link.ask(self.link.connection.get_inflight_fd, queues, size)
+        if len(reply.fds) != 1:
+            raise BackendError("the back end made no in-flight region")
+        self._drop_inflight()
+        self.inflight = InflightRegion(reply.fds[0], *reply.inflight)
+        self.hand_over_inflight()
+
+    def hand_over_inflight(self) -> None:
+        """SET_INFLIGHT_FD with the region as it is."""
+        region = self.inflight
+        assert region is not None, "request_inflight() first"
+        self.link.tell(
+            self.link.connection.set_inflight_fd,
+            region.mmap_size,
+            region.mmap_offset,
+            region.num_queues,
+            region.queue_size,
+            region.fd,
+        )
+
+    def _drop_inflight(self) -> None:
+        if self.inflight is not None:
+            os.close(self.inflight.fd)
+            self.inflight = None
+
     # -- queues
 
     def start_queue(
@@ -355,7 +408,8 @@ class Frontend:
     def reconnect(self) -> None:
         """Connect again with the features of before and hand over every queue where the ring stands.
 
-        Chains that the last back end had taken and not finished are served again (see ``DriverRing.rewind``).
+        Chains that the last back end had taken and not finished are served again: where it recorded requests in
+        flight, exactly those; else see ``DriverRing.rewind``.
         """
         if isinstance(self._address, socket.socket):
             raise ValueError("there is no address to connect to again")
@@ -366,6 +420,8 @@ class Frontend:
             self._negotiate_protocol(self.protocol_features)
         self.link.tell(self.link.connection.set_owner)
         self.set_features(self.features)
+        if self.inflight is not None:
+            self.hand_over_inflight()
         self.share_memory()
         for queue in self.queues.values():
             self.hand_over(queue, queue.ring.rewind())

@@ -25,7 +25,7 @@ from hcd_protocols.vhost_user.messages import describe
 from hcd import qmp
 from hcd.backend import Backend
 from hcd.dataplane.memory import MemoryTable, Region
-from hcd.dataplane.virtqueue import Virtqueue
+from hcd.dataplane.virtqueue import Inflight, Virtqueue
 from hcd.doorbell import Path, PathSource
 from hcd.errors import DeviceError, ProtocolError
 from hcd.handover.fdstore import StoreError
@@ -67,6 +67,7 @@ def offered_protocol_features(host: DeviceHost) -> int:
         | ProtocolFeature.REPLY_ACK
         | ProtocolFeature.BACKEND_REQ
         | ProtocolFeature.CROSS_ENDIAN
+        | ProtocolFeature.INFLIGHT_SHMFD
         | ProtocolFeature.RESET_DEVICE
         | ProtocolFeature.CONFIGURE_MEM_SLOTS
         | ProtocolFeature.STATUS
@@ -130,6 +131,7 @@ class _Session:
         self._told_migration = False
         self._back_channel: socket.socket | None = None
         self._backend: Backend | None = None
+        self._offered_inflight: Inflight | None = None
         self._path_scope: trio.CancelScope | None = None
         self._config_size = len(host.device.config()) if host.device.serves_config else 0
         self._conn = BackendConnection(
@@ -268,6 +270,7 @@ class _Session:
             await host.lane.run(self._give_up_path)
         self._stop_keeping()
         self._link.close()
+        self._forget_offered()
         if self._back_channel is not None:
             self._back_channel.close()
         close_all(self._conn.take_unclaimed_fds())
@@ -382,6 +385,8 @@ class _Session:
                 if accepted and self._keeper is not None:
                     self._keeper.accepted(event)
                 self._conn.ack(event, accepted)
+            case events.GetInflightFd():
+                self._offer_inflight(event)
             case events.SetMemTable() | events.AddMemReg() | events.RemMemReg():
                 await self._change_memory(event)
                 self._conn.ack(event)
@@ -422,6 +427,9 @@ class _Session:
                 await run(lambda: backend.set_err(index, fd))
             case events.SetVringEnable(index=index, enable=enable):
                 await run(lambda: backend.set_enable(index, enable))
+            case events.SetInflightFd(fd=fd, mmap_size=size, mmap_offset=offset, num_queues=queues, queue_size=most):
+                area = Inflight.map(fd, offset, size, queues, most)
+                await run(lambda: backend.set_inflight(area))
             case events.SetBackendReqFd(fd=fd):
                 self._open_back_channel(fd)
             case events.ResetDevice() | events.ResetOwner():
@@ -448,6 +456,17 @@ class _Session:
         assert backend is not None
         table = _new_table(backend.memory, event)
         await self.host.lane.run(lambda: backend.set_memory(table))
+
+    def _offer_inflight(self, event: events.GetInflightFd) -> None:
+        """Make a region for the record of requests in flight, which the front end keeps and hands back with rings."""
+        self._forget_offered()
+        area = self._offered_inflight = Inflight.create(event.num_queues, event.queue_size)
+        self._conn.reply_inflight(event, area.size, area.offset, area.num_queues, area.queue_size, area.fd)
+
+    def _forget_offered(self) -> None:
+        if self._offered_inflight is not None:
+            self._offered_inflight.close()
+            self._offered_inflight = None
 
     # -- the device
 
