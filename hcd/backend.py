@@ -167,6 +167,10 @@ class Backend:
         for vring in idle:
             self._update(vring)
 
+    def begin_anew(self, index: int) -> None:
+        """Ring ``index`` did not run when the last process ended: its record does not hold for the next start."""
+        self._vrings[index].resume = False
+
     def _check_inflight(self, area: Inflight) -> None:
         if self.features & TransportFeature.RING_PACKED and not area.holds_packed:
             raise ProtocolError(f"the in-flight region has {area.size} bytes, too few for packed rings")
@@ -374,14 +378,6 @@ class Backend:
             vring.enabled = False
             self._update(vring)
         self._call_device(self.device.disconnect)
-
-    def park(self) -> dict[int, int]:
-        """After :meth:`begin_close`: where each ring stands on which nothing is in flight, for the next process."""
-        return {
-            vring.queue.index: vring.queue.stop()
-            for vring in self._vrings
-            if vring.queue.is_started and not vring.queue.inflight
-        }
 
     def begin_close(self, on_drained: Callable[[], None]) -> int:
         """The front end is gone: take no more requests. Returns how many queues still have some in flight, each of

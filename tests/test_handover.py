@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hcd_protocols.virtio.blk import RequestType
 from manager import Manager
 
-from hcd.frontend.blk import BlockDriver
+from hcd.frontend.blk import BlockDriver, BlockRequest
 from hcd.frontend.client import Frontend
 
 pytestmark = pytest.mark.long
@@ -43,6 +44,7 @@ def manage(short_dir: Path) -> Iterator[Start]:
 
     yield start
     for manager in managers:
+        print(manager.log_tail())
         manager.close()
 
 
@@ -61,3 +63,23 @@ def test_a_front_end_goes_on_over_restarts(manage: Start, short_dir: Path, packe
         assert manager.dropped == {"duplicate": [], "full": [], "hung up": []}
     manager.until(lambda: manager.names() == [], "empty store")
     assert manager.kill(signal.SIGTERM) == 0
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_requests_in_flight_when_it_is_killed_are_served_by_the_next_process(
+    manage: Start, short_dir: Path, packed: bool
+) -> None:
+    manager = manage(DISK)
+    with Frontend.open(short_dir / "disk.sock", packed=packed, timeout=30) as front:
+        disk = BlockDriver(front.memory, front.queues[0], timeout=30)
+        for turn in range(4):
+            sectors = range(turn * 64, turn * 64 + 32)
+            for sector in sectors:
+                disk.submit(BlockRequest(RequestType.OUT, sector, bytes([turn * 50 + sector % 50]) * 512))
+            manager.restart(signal.SIGKILL)
+            while disk.inflight:
+                for done in disk.wait():
+                    done.check()
+            for sector in sectors:
+                assert disk.read(sector, 512) == bytes([turn * 50 + sector % 50]) * 512
+        assert manager.dropped == {"duplicate": [], "full": [], "hung up": []}

@@ -12,6 +12,10 @@ So an orderly end, a crash and kill -9 are recovered from in the same way, and t
 * ``record``      what is written into it
 * ``keeper``      keeps the store and the state file of one session up to date
 * ``recovery``    reads what an earlier process left, and says which of it can be gone on with
+* ``resume``      sets such a session up again
+
+Where a ring stands and what is in flight on it is in the in-flight region; hcd makes one of its own for a front end
+that gives it none.
 
 The order of things around one message makes it safe: busy is set before the message leaves the socket; its descriptors
 go to the store, and the manager has confirmed them (BARRIER=1), before the new state is written; the state is written

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from hcd_protocols.vhost_user import MemoryRegion, SavedSession, events
 
+from hcd.dataplane.virtqueue import Inflight
 from hcd.handover.fdstore import Entry, FdStore, StoreError
 from hcd.handover.record import VERSION, InflightRecord, Record, RingRecord
 from hcd.handover.statefile import StateFile
 
 __all__ = ["Keeper"]
-
-_log = logging.getLogger("hcd.handover")
 
 RegionKey = tuple[int, int, int]
 
@@ -25,7 +23,6 @@ class _Ring:
     call: Entry | None = None
     err: Entry | None = None
     spurious: bool = False
-    base: int | None = None
 
 
 @dataclass(slots=True)
@@ -57,6 +54,7 @@ class Keeper:
         self._inflight: InflightRecord | None = None
         self._mtu: int | None = None
         self._config_writes: dict[int, bytes] = {}
+        self._answer = (0, 0)
         self._written = b""
 
     # -- beginning
@@ -96,6 +94,7 @@ class Keeper:
             held.inflight = use(record.inflight.name)
             keeper._inflight = record.inflight
         keeper._mtu, keeper._config_writes = record.mtu, dict(record.config_writes)
+        keeper._answer = record.answer
         return keeper
 
     # -- around a message
@@ -140,28 +139,28 @@ class Keeper:
         """Whether the value of the kick eventfd of ring ``index`` counts a ring that nobody rang."""
         self._ring(index).spurious = spurious
 
-    def keep_own_inflight(self, fd: int, mmap_size: int, num_queues: int, queue_size: int) -> None:
-        """hcd tracks requests by itself, in the memory file of ``fd``, which stays the caller's. StoreError."""
-        self._set_inflight(fd, mmap_size, 0, num_queues, queue_size, own=True)
+    def take_own_inflight(self, area: Inflight) -> None:
+        """hcd records the requests in flight by itself, for as long as the front end gives it no region. StoreError."""
+        self._set_inflight(area.fd, area.size, area.offset, area.num_queues, area.queue_size, own=True)
 
-    @property
-    def inflight(self) -> InflightRecord | None:
-        return self._inflight
-
-    async def commit(self, session: SavedSession, config: bytes, bases: Mapping[int, int] | None = None) -> None:
-        """The session is this now. StoreError if that could not be kept.
-
-        ``bases``: where rings stand that nobody works on any more.
-        """
+    async def commit(self, session: SavedSession, config: bytes, answer: bytes = b"") -> None:
+        """The session is this now, and ``answer`` is due to the front end. StoreError if that could not be kept."""
         await self._store.settle()
         self._forget_kicks(session)
-        data = self._record(session, config, bases or {}).encode()
+        if answer:
+            self._answer = self._file.stage(answer), len(answer)
+        data = self._record(session, config).encode()
         if data != self._written:
             self._file.write(data)
             self._written = data
         for entry in self._unwanted:
             self._store.drop(entry)
         self._unwanted.clear()
+
+    def unsent(self) -> tuple[int, int]:
+        """The descriptor from which sendfile(2) takes the rest of the answer that is due, and its bytes."""
+        at, length = self._answer
+        return self._file.fd, max(0, length - self._file.sent_since(at))
 
     # -- end
 
@@ -230,7 +229,7 @@ class Keeper:
                 self._release(ring.kick)
                 ring.kick, ring.spurious = None, False
 
-    def _record(self, session: SavedSession, config: bytes, bases: Mapping[int, int]) -> Record:
+    def _record(self, session: SavedSession, config: bytes) -> Record:
         held = self._held
         return Record(
             device=self._device,
@@ -238,17 +237,18 @@ class Keeper:
             session=session,
             connection=self._own[1].name,
             region_names=tuple(held.regions[_key(region)].name for region in session.regions),
-            rings=tuple(self._ring_record(index, bases) for index in range(len(session.vrings))),
+            rings=tuple(self._ring_record(index) for index in range(len(session.vrings))),
             channel=_name(held.channel),
             inflight=self._inflight,
             mtu=self._mtu,
             config_writes=self._config_writes,
             config=config,
+            answer=self._answer,
         )
 
-    def _ring_record(self, index: int, bases: Mapping[int, int]) -> RingRecord:
+    def _ring_record(self, index: int) -> RingRecord:
         ring = self._ring(index)
-        return RingRecord(_name(ring.kick), _name(ring.call), _name(ring.err), ring.spurious, bases.get(index))
+        return RingRecord(_name(ring.kick), _name(ring.call), _name(ring.err), ring.spurious)
 
 
 def _key(region: MemoryRegion) -> RegionKey:

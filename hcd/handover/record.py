@@ -25,16 +25,12 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class RingRecord:
-    """The descriptors of one ring by their names, "" for none; ``spurious``: its kick counts a ring that nobody rang.
-
-    ``base``: where the ring stands, as GET_VRING_BASE answers it; None while it is being worked on.
-    """
+    """The descriptors of one ring, by name, "" for none. ``spurious``: its kick counts a ring that nobody rang."""
 
     kick: str = ""
     call: str = ""
     err: str = ""
     spurious: bool = False
-    base: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +56,14 @@ class Record:
     region_names: tuple[str, ...]  # of session.regions
     rings: tuple[RingRecord, ...]
     channel: str = ""
-    inflight: InflightRecord | None = None
+    inflight: InflightRecord | None = None  # None: the session has just begun
     mtu: int | None = None
     #: what the driver wrote into the configuration space, by offset
     config_writes: Mapping[int, bytes] = field(default_factory=dict)
     #: the configuration space as the front end may know it
     config: bytes = b""
+    #: place and length of the last answer in the state file; its position tells how much of that went out
+    answer: tuple[int, int] = (0, 0)
 
     def encode(self) -> bytes:
         values = asdict(self)
@@ -86,6 +84,8 @@ class Record:
             values["inflight"] = InflightRecord(**inflight) if inflight is not None else None
             values["config_writes"] = {int(at): bytes.fromhex(hexed) for at, hexed in values["config_writes"].items()}
             values["config"] = bytes.fromhex(values["config"])
+            at, length = map(int, values["answer"])
+            values["answer"] = at, length
             made = cls(**values)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise StateError(f"its content makes no sense: {error}") from error

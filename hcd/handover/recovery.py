@@ -103,11 +103,11 @@ def _check(record: Record, file: StateFile, given: Mapping[str, int], host: Host
         raise StateError("the device is configured otherwise now")
     if record.connection not in given or hung_up(given[record.connection]):
         raise StateError("its front end has gone away meanwhile")
+    at, length = record.answer
+    if length and not 0 <= file.sent_since(at) <= length:
+        raise StateError("nothing tells whether its front end was answered")
     if file.busy:
         raise StateError("the earlier process died while it handled a message")
-    rings = zip(record.session.vrings, record.rings, strict=True)
-    if record.inflight is None and any(saved.started and ring.base is None for saved, ring in rings):
-        raise StateError("the earlier process died with requests in flight, and nothing had tracked them")
     missing = sorted(record.names - given.keys())
     if missing:
         raise StateError(f"the service manager did not keep {missing[0]} (and {len(missing) - 1} more); see "

@@ -10,6 +10,7 @@ from hcd_protocols.vhost_user import BackendConnection, SavedVring
 
 from hcd.backend import Backend
 from hcd.dataplane.memory import MemoryTable, Region
+from hcd.dataplane.virtqueue import Inflight
 from hcd.handover.record import RingRecord
 from hcd.handover.recovery import Handed
 from hcd.sockets import close_all
@@ -25,7 +26,8 @@ async def resume(handed: Handed, connection: BackendConnection, backend: Backend
     """
     connection.restore(handed.record.session)
     table = _map(handed)
-    await backend.host.lane.run(lambda: _restore(handed, backend, table))
+    area = _map_inflight(handed)
+    await backend.host.lane.run(lambda: _restore(handed, backend, table, area))
 
 
 def _map(handed: Handed) -> MemoryTable:
@@ -42,7 +44,15 @@ def _map(handed: Handed) -> MemoryTable:
         close_all(fds)
 
 
-def _restore(handed: Handed, backend: Backend, table: MemoryTable) -> None:
+def _map_inflight(handed: Handed) -> Inflight | None:
+    found = handed.record.inflight
+    if found is None:
+        return None
+    fd = handed.take(found.name)
+    return Inflight.map(fd, found.mmap_offset, found.mmap_size, found.num_queues, found.queue_size)
+
+
+def _restore(handed: Handed, backend: Backend, table: MemoryTable, area: Inflight | None) -> None:
     """On the lane. The device first: what it was told decides how requests are served."""
     record = handed.record
     device = backend.device
@@ -52,6 +62,8 @@ def _restore(handed: Handed, backend: Backend, table: MemoryTable) -> None:
         backend.set_features(record.session.features, enable_all=False)
     if record.mtu is not None:
         device.set_mtu(record.mtu)
+    if area is not None and record.inflight is not None:
+        backend.set_inflight(area, own=record.inflight.own, resume=True)
     if table.regions:
         backend.set_memory(table)
     for index, (saved, ring) in enumerate(zip(record.session.vrings, record.rings, strict=True)):
@@ -59,9 +71,11 @@ def _restore(handed: Handed, backend: Backend, table: MemoryTable) -> None:
 
 
 def _restore_ring(handed: Handed, backend: Backend, index: int, saved: SavedVring, ring: RingRecord) -> None:
+    if not saved.started:
+        backend.begin_anew(index)
     if saved.num:
         backend.set_num(index, saved.num)
-    backend.set_base(index, saved.base if ring.base is None else ring.base)
+    backend.set_base(index, saved.base)  # where it began; where it stands is in the record of requests in flight
     backend.set_endian(index, saved.big_endian)
     if saved.addr is not None:
         _, desc, used, avail, _ = saved.addr

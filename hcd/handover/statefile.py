@@ -6,9 +6,15 @@ Layout, native byte order (it never leaves the machine)::
     8   4  version of what is written into it
     12  4  1 while a message is being handled (busy), else 0
     64     first slot; the second one SLOT bytes later. Each: u64 sequence, u32 length, u32 CRC-32 of the data, data
+    behind the slots: answers, in places that are used in turn
 
 Slots are written in turn; the valid one with the higher sequence counts. A process can only die between two stores, so
 that is enough, without any ordering by the processor: what was stored before is there.
+
+An answer to the front end is put into the file before it is sent, and sent with sendfile(2) from the file's own
+position, which belongs to the open file and so outlives the process. Sending and moving the position are one system
+call, in the middle of which nobody can die: the position says whether the answer went out, and how much of it. The
+kernel may keep pages of the file in the socket until they are read there, so a place is used again late.
 """
 
 from __future__ import annotations
@@ -19,7 +25,7 @@ import struct
 import zlib
 from typing import Self
 
-__all__ = ["SLOT", "StateError", "StateFile"]
+__all__ = ["ANSWER", "SLOT", "StateError", "StateFile"]
 
 _MAGIC = b"HCDSTATE"
 _HEAD = struct.Struct("=8sII")
@@ -29,7 +35,11 @@ _SLOTS_AT = 64
 _SLOT_HEAD = struct.Struct("=QII")
 #: bytes of a slot; pages that are never written take no memory
 SLOT = 512 << 10
-_SIZE = _SLOTS_AT + 2 * SLOT
+#: bytes of the longest answer: vhost-user's are shorter
+ANSWER = 4096
+_ANSWERS_AT = _SLOTS_AT + 2 * SLOT
+_ANSWERS = 64
+_SIZE = _ANSWERS_AT + _ANSWERS * ANSWER
 
 
 class StateError(Exception):
@@ -43,6 +53,7 @@ class StateFile:
         self.fd = fd
         self._map = mmap.mmap(fd, _SIZE)
         self._sequence = 0
+        self._answers = 0
 
     @classmethod
     def create(cls, version: int) -> Self:
@@ -80,6 +91,20 @@ class StateFile:
     @busy.setter
     def busy(self, busy: bool) -> None:
         _BUSY.pack_into(self._map, _BUSY_AT, busy)
+
+    def stage(self, answer: bytes) -> int:
+        """Put ``answer`` where sendfile finds it next; returns its place. ValueError if it is too long."""
+        if len(answer) > ANSWER:
+            raise ValueError(f"an answer of {len(answer)} bytes; expected up to {ANSWER}")
+        at = _ANSWERS_AT + self._answers % _ANSWERS * ANSWER
+        self._answers += 1
+        self._map[at : at + len(answer)] = answer
+        os.lseek(self.fd, at, os.SEEK_SET)
+        return at
+
+    def sent_since(self, at: int) -> int:
+        """How many bytes of the answer at ``at`` went out."""
+        return os.lseek(self.fd, 0, os.SEEK_CUR) - at
 
     def write(self, data: bytes) -> None:
         """Replace what is written. ValueError if it does not fit."""

@@ -9,11 +9,12 @@ before their message; so a connection is never in the middle of a message, and c
 from __future__ import annotations
 
 import array
+import errno
 import fcntl
 import os
 import socket
 import termios
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import trio
 from hcd_protocols.vhost_user import BackendConnection
@@ -30,6 +31,10 @@ MAX_FDS = 32
 PARTIAL_PAUSE = 0.005
 #: how long (seconds) the answer to a message that ends the connection may take
 LAST_WORDS = 1.0
+
+
+#: messages, each with its descriptors
+Answers = Sequence[tuple[bytes, tuple[int, ...]]]
 
 
 class HungUp(Exception):
@@ -138,20 +143,34 @@ class MessageSocket:
 
     # -- out
 
-    async def send(self) -> None:
-        """Send what the connection has to say."""
-        for data, fds in self._connection.data_to_send():
+    async def send(self, answers: Answers) -> None:
+        """Send what the connection had to say (``data_to_send``)."""
+        for data, fds in answers:
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+            self._observe("out", data, len(fds))
             sent = await self._sock.sendmsg([data], ancillary)
             while sent < len(data):
                 sent += await self._sock.send(data[sent:])
+
+    async def send_file(self, fd: int, length: int, answers: Answers = ()) -> None:
+        """Send ``length`` bytes from the position of file ``fd``, which moves along: they are ``answers``."""
+        for data, fds in answers:
             self._observe("out", data, len(fds))
+        while length:
+            try:
+                sent = os.sendfile(self._sock.fileno(), fd, None, length)
+            except BlockingIOError:
+                await trio.lowlevel.wait_writable(self._sock)
+                continue
+            if not sent:
+                raise OSError(errno.EIO, "the answer ends early")
+            length -= sent
 
     async def send_last(self) -> None:
         """The answer to the message that broke the protocol, if the peer still takes it."""
         with trio.move_on_after(LAST_WORDS):
             try:
-                await self.send()
+                await self.send(self._connection.data_to_send())
             except OSError:
                 return
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import trio
 from hcd_protocols.vhost_user import BackChannel, BackendConnection, events
@@ -35,7 +35,7 @@ from hcd.handover.recovery import Handed
 from hcd.handover.resume import resume
 from hcd.host import DeviceHost, RingState
 from hcd.transports.accept import accept_one_at_a_time, peer_of, shown_pid
-from hcd.transports.message_socket import HungUp, MessageSocket, close_all
+from hcd.transports.message_socket import Answers, HungUp, MessageSocket, close_all
 
 __all__ = ["offered_features", "offered_protocol_features", "serve", "serve_connected"]
 
@@ -237,15 +237,24 @@ class _Session:
         if self._keeper is not None:
             self._keeper.busy = True
         await self._link.receive()
-        while (event := self._conn.next_event()) is not None:
+        if (event := self._conn.next_event()) is not None:
             await self._keep(lambda keeper: keeper.take(event))
             await self._handle(event, nursery)
+        await self._answer(self._conn.data_to_send())
+
+    async def _answer(self, answers: Answers) -> None:
+        """Keep what the session is now, then answer. Dying between the two leaves the answer to the next process."""
+        if any(fds for _, fds in answers):  # but an answer with descriptors cannot be left to it
             await self._commit()
-            await self._link.send()
-        await self._commit()
-        await self._link.send()
-        if self._keeper is not None:
+            await self._link.send(answers)
+            answers = ()
+        else:
+            await self._commit(b"".join(data for data, _ in answers))
+        if self._keeper is None:
+            await self._link.send(answers)
+        else:
             self._keeper.busy = False
+            await self._link.send_file(*self._keeper.unsent(), answers)
 
     async def _watch_memory(self, alarm: int, session: trio.CancelScope) -> None:
         """End the session when the front end truncates the memory that it shared."""
@@ -264,8 +273,6 @@ class _Session:
         host.device.notify_config_change = lambda: None
         if backend is not None:
             await self._drain_all(backend)
-            if self._left:
-                await self._park(backend)
             await host.lane.run(backend.close)
             await host.lane.run(self._give_up_path)
         self._stop_keeping()
@@ -296,9 +303,14 @@ class _Session:
         host = self.host
         if host.store is None or not host.store.usable:
             return
+        backend = self._backend
+        assert backend is not None
         try:
             self._keeper = Keeper.begin(host.store, host.spec.name, fingerprint(host.spec), self._link.fileno())
-        except StoreError as error:
+            area = Inflight.create(host.device.num_queues, host.device.max_queue_size)
+            await host.lane.run(lambda: backend.set_inflight(area, own=True))
+            self._keeper.take_own_inflight(area)
+        except (StoreError, OSError) as error:
             self._cannot_keep(error)
             return
         host.kept = self
@@ -330,6 +342,8 @@ class _Session:
         host.handovers_resumed += 1
         host.log.info("went on with the front end (pid %s) of an earlier process", shown_pid(self.peer))
         await self._commit()
+        if self._keeper is not None:
+            await self._link.send_file(*self._keeper.unsent())
         if record.session.features:
             self._ask_for_path(record.session.features, nursery)
         if record.config and await host.lane.run(host.device.config) != record.config:
@@ -343,19 +357,15 @@ class _Session:
             except StoreError as error:
                 self._cannot_keep(error)
 
-    async def _commit(self, bases: Mapping[int, int] | None = None) -> None:
+    async def _commit(self, answer: bytes = b"") -> None:
         """The next process would go on from here."""
         if self._keeper is not None and not self._conn.failed:
             try:
-                await self._keeper.commit(self._conn.save(), self._config, bases)
+                await self._keeper.commit(self._conn.save(), self._config, answer)
             except StoreError as error:
                 self._cannot_keep(error)
 
-    async def _park(self, backend: Backend) -> None:
-        await self._commit(await self.host.lane.run(backend.park))
-        self._left = self._keeper is not None
-
-    def _cannot_keep(self, error: StoreError) -> None:
+    def _cannot_keep(self, error: StoreError | OSError) -> None:
         self.host.rare_log.warning("not kept", "a restart of hcd will end this connection: %s", error)
         self._left = False
         self._stop_keeping()
