@@ -106,7 +106,7 @@ def test_guest_and_qemu_notice_no_restart(
     boot: Callable[..., Guest],
     open_qmp: Callable[[Path], Any],
 ) -> None:
-    """SIGTERM at any time, with 32 verified writes in flight."""
+    """SIGTERM at any time, then kill -9 while no control message is on its way; 32 verified writes in flight."""
     need("cc")
     manager.start()
     devices = [*qemu.block(short_dir / "disk.sock", "modern"), *qemu.rng(short_dir / "rng.sock", "modern")]
@@ -120,7 +120,7 @@ def test_guest_and_qemu_notice_no_restart(
     writes = writer.wait_for_writes(guest, WRITES)
     said_before = qemu_lines(guest)
     pauses = []
-    for number in [signal.SIGTERM] * RESTARTS :
+    for number in [signal.SIGTERM] * RESTARTS + [signal.SIGKILL] * RESTARTS:
         begin = time.monotonic()
         manager.restart(number)
         manager.until(lambda: resumed(short_dir) == len(NAMES), "four sessions that go on")
