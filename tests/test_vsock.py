@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import random
 import socket
@@ -22,6 +23,7 @@ from hcd.devices.vsock_connection import BOTH
 from hcd.frontend.errors import BackendError
 from hcd.frontend.vsock import VsockDriver
 from hcd.testing import ServedDevice, check_device, serve
+from hcd.wrappers import Stack, parse_text
 
 GUEST, PORT = 1024, 5000
 ERRORS = "hcd_guest_errors_total"
@@ -679,3 +681,38 @@ def test_ports_of_another_process_are_hardly_met_again(path: str) -> None:
             ports.add(port)
     assert len(ports) == 3
     assert all(vsock_table.FIRST_PORT <= port <= vsock_table.LAST_PORT for port in ports)
+
+
+def test_connections_leave_descriptors_for_others(
+    driver: VsockDriver, served: ServedDevice, listen: Callable[..., socket.socket], path: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A process that is short of them refuses connections of guests before anything else."""
+    with from_guest(driver, listen()) as host:
+        limit = host.fileno() + vsock_table.RESERVED_FDS
+        monkeypatch.setattr(vsock_table.resource, "getrlimit", lambda _: (limit, limit))
+        driver.send(Op.REQUEST, GUEST + 1, PORT)
+        driver.expect(Op.RST)
+        with call(path) as refused:
+            assert turned_away(refused)
+        driver.send(Op.RW, GUEST, PORT, b"x")
+        assert host.recv(1) == b"x"
+
+
+def test_the_wrapper_log_decodes_packets(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Also what is none; buffers that come back unused are no trouble for it."""
+    caplog.set_level(logging.INFO, "hcd")
+    with serve(Vsock, {"uds-path": path}) as served:
+        host = served.host
+        host.wrapping = Stack([parse_text("log")], served.device, host.lane, host.log)
+        with served.driver() as front:
+            driver = VsockDriver(front)
+            driver.send(Op.REQUEST, GUEST, PORT)
+            driver.expect(Op.RST)
+            driver.send(77, GUEST, PORT, b"abc", dst_cid=9)
+            driver.expect(Op.RST)
+            driver.send_raw(b"short")
+            from_host(driver, path)[0].close()
+    assert f"request from port {GUEST} to 2:{PORT}, 0 bytes" in caplog.text
+    assert f"op 77 from port {GUEST} to 9:{PORT}, 3 bytes" in caplog.text
+    assert "5 bytes, room for 0 (GuestError: " in caplog.text

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import random
+import resource
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -32,6 +33,9 @@ MAX_STRAYS = 64
 BURST = 64
 #: seconds in which a guest accepts a connection or refuses it
 ANSWER_TIME = 20.0
+
+#: descriptors of the process that no guest's connections get: they are for front ends, scrapers, other devices
+RESERVED_FDS = 128
 
 _ROOM = bytes(HEADER_SIZE)
 
@@ -226,9 +230,7 @@ class Table:
     def _accept(self, header: Header) -> None:
         """The guest wants to reach a port of the host."""
         try:
-            if len(self) >= self._limit:
-                raise ConnectionRefusedError
-            sock = self._reach(header.dst_port)
+            sock = self._admitted(self._reach(header.dst_port))
         except OSError:
             self._counts.refused("guest")
             self._refuse(header)
@@ -242,9 +244,13 @@ class Table:
 
     def enter(self, sock: socket.socket) -> None:
         """Somebody on the host wants to reach the guest."""
-        if self._rx is None or len(self) >= self._limit:
+        try:
+            if self._rx is None:
+                sock.close()
+                raise ConnectionRefusedError
+            self._admitted(sock)
+        except OSError:
             self._counts.refused("host")
-            sock.close()
             return
         self._greetings.add(Greeting(sock, self._lane, self.poller, self._greeted))
 
@@ -277,6 +283,13 @@ class Table:
             self._next_port = FIRST_PORT if port == LAST_PORT else port + 1
             if (guest_port, port) not in self._channels:
                 return port
+
+    def _admitted(self, sock: socket.socket) -> socket.socket:
+        """``sock``, or ConnectionRefusedError where that is one too many for the device or for the process."""
+        if len(self) >= self._limit or sock.fileno() >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVED_FDS:
+            sock.close()
+            raise ConnectionRefusedError
+        return sock
 
     # -- channels
 
