@@ -50,6 +50,14 @@ socket = "{dir}/bystander.sock"
 blk-file = "{dir}/bystander.img"
 
 [[device]]
+name = "file"
+type = "blk"
+socket = "{dir}/file.sock"
+[device.options]
+blk-file = "{dir}/file.img"
+num-queues = 2
+
+[[device]]
 name = "entropy"
 type = "rng"
 socket = "{dir}/entropy.sock"
@@ -131,7 +139,8 @@ class Hostile:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        (directory / "bystander.img").write_bytes(bytes(1 << 20))
+        for name in ("bystander", "file"):
+            (directory / f"{name}.img").write_bytes(bytes(1 << 20))
         victims = "".join(VICTIM % (n, n) for n in range(VICTIMS))
         self.hcd = HcdProcess.from_config(directory, victims + OTHERS, daemon="drain_timeout = 2.0")
         self.victim = "victim0"
@@ -183,10 +192,18 @@ class Hostile:
         return int(found[1]) * 1024
 
     def guest_errors(self, name: str) -> int:
-        """hcd_guest_errors_total of one device. Parsing all metrics of so many devices would take a second."""
+        """hcd_guest_errors_total of one device."""
+        return self._counted("hcd_guest_errors_total", name)
+
+    def protocol_errors(self, name: str = "") -> int:
+        """hcd_protocol_errors_total of one device, the victim if none is given."""
+        return self._counted("hcd_protocol_errors_total", name or self.victim)
+
+    def _counted(self, family: str, name: str) -> int:
+        """Over all queues. Parsing all metrics of so many devices would take a second."""
         assert self.hcd.metrics_at is not None
         text = fetch(self.hcd.metrics_at, "/metrics")
-        counts = re.findall(rf'^hcd_guest_errors_total{{[^}}]*device="{name}"[^}}]*}} ([0-9.e+]+)$', text, re.MULTILINE)
+        counts = re.findall(rf'^{family}{{[^}}]*device="{name}"[^}}]*}} ([0-9.e+]+)$', text, re.MULTILINE)
         assert counts
         return int(sum(map(float, counts)))
 

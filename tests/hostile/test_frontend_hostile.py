@@ -26,6 +26,7 @@ from hcd.frontend.blk import BLOCK_FEATURES, BlockDriver, BlockRequest
 from hcd.frontend.client import Frontend
 from hcd.frontend.errors import BackendError
 from hcd.frontend.memory import MemorySlot, SharedMemory
+from hcd.frontend.queue import Queue
 
 pytestmark = pytest.mark.long
 
@@ -234,6 +235,9 @@ def test_features_that_were_never_offered_end_the_connection(hostile: Any) -> No
         (R.SET_VRING_KICK, u64(255), 1),
         (R.SET_VRING_CALL, u64(2), 1),
         (R.SET_VRING_ERR, u64(77), 1),
+        *((kind, state(0xFFFF_FFFF), 0) for kind in (R.SET_VRING_BASE, R.GET_VRING_BASE, R.SET_VRING_ENABLE)),
+        (R.SET_VRING_ADDR, VRING_ADDR.build(index=0xFFFF_FFFF, flags=0, desc=0, used=0, avail=0, log=0), 0),
+        *((kind, u64(0xFFFF_FFFF), 1) for kind in (R.SET_VRING_KICK, R.SET_VRING_CALL, R.SET_VRING_ERR)),
     ],
     ids=lambda value: value.name if isinstance(value, R) else None,
 )
@@ -258,6 +262,25 @@ def test_a_ring_of_no_legal_size_ends_the_connection(hostile: Any, size: int, pa
         frontend.send_raw(message(R.SET_VRING_NUM, state(0, size)))
         frontend.wait_hangup()
         hostile.expect_log("broke the protocol", "SET_VRING_NUM", str(size))
+
+
+@pytest.mark.parametrize("base", [0xFFFF_FFFF, 0x7FFF_FFFF, 0x0001_FFFF])
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_a_ring_may_begin_nowhere(hostile: Any, packed: bool, base: int) -> None:
+    """A split ring takes 16 bits of it, and then has more chains than it can hold; a packed one has no such slot."""
+    with hostile.frontend(memory_size=1 << 20) as frontend:
+        frontend.negotiate(device=BLOCK_FEATURES, packed=packed)
+        frontend.share_memory()
+        with suppress(BackendError):
+            frontend.queues[0] = queue = Queue(0, frontend.make_ring(64))
+            frontend.hand_over(queue, base)
+            queue.ring.add([(frontend.memory.alloc(16), 16)], [(frontend.memory.alloc(1), 1)])
+            queue.publish()
+            queue.kick()
+            frontend.sync()
+        if packed:
+            frontend.wait_hangup()
+            hostile.expect_log("broke the protocol", "queue 0", "base")
 
 
 # -- memory that is none
@@ -393,10 +416,33 @@ def test_memory_truncated_under_a_running_ring_hurts_that_connection_alone(hosti
     hostile.expect_log("memory|truncated")
 
 
+@pytest.mark.parametrize("left", [0, 4096])
+@pytest.mark.parametrize("name", ["", "file"], ids=["memory", "file"])
+def test_memory_truncated_under_running_io_hurts_that_connection_alone(hostile: Any, name: str, left: int) -> None:
+    """Reads and writes are with the device, and with the threads that serve a file, when their buffers go away."""
+    before = hostile.protocol_errors(name)
+    for _ in range(8):
+        with SharedMemory.of_size(1 << 20, seal=False) as memory, hostile.open(name, memory=memory) as frontend:
+            for queue in frontend.queues.values():
+                disk = BlockDriver(memory, queue)
+                for n in range(12):
+                    if n % 2:
+                        disk.add(BlockRequest(RequestType.OUT, 64 * n, bytes(32768)))
+                    else:
+                        disk.add(BlockRequest(RequestType.IN, 64 * n, length=32768))
+                queue.publish()
+                queue.kick()
+            os.ftruncate(memory.regions[0].fd, left)
+            with pytest.raises(BackendError):
+                kick_until_the_end(frontend)
+    hostile.wait_until(lambda: hostile.protocol_errors(name) == before + 8, lambda: "8 connections ended for it")
+
+
 def kick_until_the_end(frontend: Frontend) -> None:
     """BackendError when the back end has hung up."""
     while True:
-        frontend.queues[0].kick()
+        for queue in frontend.queues.values():
+            queue.kick()
         frontend.sync()
 
 
