@@ -221,6 +221,21 @@ def request() -> Result:
 
 
 @step
+def snapshot() -> Result:
+    """As the operator asks: over the control socket in /run/hcd."""
+    command = ["/usr/bin/hcd", "status", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    found = json.loads(done.stdout)
+    return {
+        "devices": [one["name"] for one in found["devices"]],
+        "pid": found["pid"],
+        "main": int(show("hcd.service", "MainPID")["MainPID"]),
+    }
+
+
+@step
 def metrics() -> Result:
     """From systemd's TCP socket: the service has no network."""
     with urllib.request.urlopen("http://127.0.0.1:9847/metrics", timeout=PATIENCE) as answer:
