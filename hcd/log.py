@@ -1,8 +1,9 @@
-"""Logging to stderr, in the form that whoever reads it understands.
+"""Logging, in the form that whoever reads it understands.
 
-Under systemd (JOURNAL_STREAM names our stderr) each line starts with "<N>", the syslog priority, and
-carries no time because the journal has its own. Elsewhere a line is "hcd: warning: disk0: text". The device
-comes from ``LoggerAdapter(logger, {"device": name})``.
+Where stderr ends in the journal (JOURNAL_STREAM names it), records go there as fields (:mod:`hcd.journal`). If it does
+not take them, they are lines on stderr that start with "<N>", the syslog priority, and carry no time because the
+journal has its own. Elsewhere a line on stderr is "hcd: warning: disk0: text". The device comes from
+``LoggerAdapter(logger, {"device": name})``; lines about a queue begin with "queue N:".
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import IO, Any
 
+from hcd import journal
+from hcd.journal import JournalHandler
+from hcd.log_lines import Formatter
+
 __all__ = ["LEVELS", "DeviceLog", "Formatter", "RateLimited", "journal_reads", "setup"]
 
 LEVELS = ("debug", "info", "warning", "error")
@@ -27,24 +32,6 @@ Logger = logging.Logger | logging.LoggerAdapter  # type: ignore[type-arg]
 _PLACE = re.compile(r"%[-+ #0]*[\d.]*[a-zA-Z]")
 #: more keys than any sane daemon has; beyond it the one that was silent longest is forgotten
 _MAX_KEYS = 1024
-
-
-class Formatter(logging.Formatter):
-    """One prefix for every line, so that a traceback keeps its priority and its device."""
-
-    def __init__(self, *, journal: bool = False) -> None:
-        super().__init__()
-        self.journal = journal
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = record.getMessage()
-        if record.exc_info:
-            text += "\n" + self.formatException(record.exc_info)
-        prefix = f"<{_priority(record.levelno)}>" if self.journal else f"hcd: {record.levelname.lower()}: "
-        device = getattr(record, "device", "")
-        if device:
-            prefix += f"{device}: "
-        return "\n".join(prefix + _printable(line) for line in text.splitlines() or [""])
 
 
 class RateLimited:
@@ -70,9 +57,12 @@ class RateLimited:
 
     def log(self, level: int, key: Hashable, message: str, *args: object) -> bool:
         """Log ``message % args`` unless ``key`` has used up its lines; returns whether it was logged."""
+        return self._say(level, key, message, args)
+
+    def _say(self, level: int, key: Hashable, message: str, args: tuple[object, ...]) -> bool:
         allowed = self.admits(level, key)
         if allowed:
-            self._logger.log(level, message, *args)
+            self._logger.log(level, message, *args, stacklevel=3)  # the place of who called us
         return allowed
 
     def admits(self, level: int, key: Hashable) -> bool:
@@ -95,10 +85,10 @@ class RateLimited:
         return allowed
 
     def warning(self, key: Hashable, message: str, *args: object) -> bool:
-        return self.log(logging.WARNING, key, message, *args)
+        return self._say(logging.WARNING, key, message, args)
 
     def error(self, key: Hashable, message: str, *args: object) -> bool:
-        return self.log(logging.ERROR, key, message, *args)
+        return self._say(logging.ERROR, key, message, args)
 
     def flush(self) -> None:
         """Say what was kept back and forget everything; for the end of a connection."""
@@ -123,7 +113,7 @@ class DeviceLog(logging.LoggerAdapter):  # type: ignore[type-arg]
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
         if level < logging.WARNING or self._limit.admits(level, _PLACE.sub("…", str(msg))):
-            super().log(level, msg, *args, **kwargs)
+            super().log(level, msg, *args, **kwargs | {"stacklevel": kwargs.get("stacklevel", 1) + 1})
 
 
 class _Window:
@@ -136,15 +126,18 @@ class _Window:
         self.suppressed = 0
 
 
-def setup(level: str = "info", stream: IO[str] | None = None) -> None:
-    """Send the log of hcd and its plug-ins to ``stream`` (stderr). Replaces an earlier set-up."""
+def setup(level: str = "info", stream: IO[str] | None = None, journal_socket: str = journal.SOCKET) -> None:
+    """Send the log of hcd and its plug-ins to ``stream`` (stderr), or to the journal if that is where ``stream`` ends.
+    Replaces an earlier set-up."""
     target = sys.stderr if stream is None else stream
-    handler = logging.StreamHandler(target)
-    handler.setFormatter(Formatter(journal=journal_reads(target)))
+    in_journal = journal_reads(target)
+    handler = JournalHandler(target, journal_socket) if in_journal else logging.StreamHandler(target)
+    handler.setFormatter(Formatter(journal=in_journal))
     root = logging.getLogger()
     for old in list(root.handlers):
         if isinstance(old.formatter, Formatter):
             root.removeHandler(old)
+            old.close()
     root.addHandler(handler)
     root.setLevel(level.upper())
     logging.raiseExceptions = False  # a full or closed stderr must not end in tracebacks
@@ -157,20 +150,3 @@ def journal_reads(stream: IO[str]) -> bool:
     except (OSError, ValueError, AttributeError):
         return False
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
-
-
-def _priority(level: int) -> int:
-    if level >= logging.CRITICAL:
-        return 2
-    if level >= logging.ERROR:
-        return 3
-    if level >= logging.WARNING:
-        return 4
-    return 6 if level >= logging.INFO else 7
-
-
-def _printable(line: str) -> str:
-    """Control characters escaped: what a guest or front end chose must not steer a terminal."""
-    if line.isprintable():
-        return line
-    return "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in line)
