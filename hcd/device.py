@@ -103,7 +103,10 @@ class Handle(Protocol):
 
 
 class Lane(Protocol):
-    """Where a device's handlers run; files and timers of the device belong to it too. Use it on its own thread."""
+    """Where a device's handlers run; files and timers of the device belong to it too.
+
+    Use it on its own thread, or in ``open``.
+    """
 
     #: what devices of one lane share, by a key of their own (a hub for its ports); gone with the daemon
     shared: dict[str, Any]

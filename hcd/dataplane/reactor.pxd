@@ -20,6 +20,7 @@ cdef class Reactor:
     cdef int wake_fd
     cdef int posted           # something is in posts or completed
     cdef bint stopping
+    cdef unsigned long thread  # of run(); 0 before it
     cdef object posts
     cdef list completed
     cdef list timers

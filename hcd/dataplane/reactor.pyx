@@ -23,6 +23,7 @@ import logging
 import os
 import time
 
+from cpython.pythread cimport PyThread_get_thread_ident
 from libc.errno cimport EINTR, errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
@@ -159,12 +160,14 @@ cdef class Reactor:
         return w
 
     def call_later(self, double seconds, callback):
-        """Call ``callback`` once, ``seconds`` from now."""
+        """Call ``callback`` once, ``seconds`` from now. Devices that are being opened call this on another thread."""
         cdef Timer t = Timer.__new__(Timer)
         t.when = time.monotonic() + seconds
         t.callback = callback
         self.timer_seq += 1
         heapq.heappush(self.timers, (t.when, self.timer_seq, t))
+        if PyThread_get_thread_ident() != self.thread:
+            self.wake()        # it sleeps until a timer that is due later, or for ever
         return t
 
     def set_poll_us(self, double poll_us):
@@ -234,6 +237,7 @@ cdef class Reactor:
 
     def run(self):
         """Run until :meth:`stop`. The calling thread is the reactor's thread."""
+        self.thread = PyThread_get_thread_ident()
         self.idle_since = hcd_now()
         while not self.stopping:
             self.beats += 1
