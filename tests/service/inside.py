@@ -11,6 +11,7 @@ import json
 import os
 import pwd
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -78,7 +79,7 @@ class Disk:
     """A front end of a block device, with one request after the other on a thread of its own, until it is stopped."""
 
     def __init__(self, path: Path) -> None:
-        self.frontend = Frontend.open(path, timeout=PATIENCE)
+        self.frontend = Frontend.open(path, timeout=PATIENCE, inflight=True)
         self.driver = BlockDriver(self.frontend.memory, self.frontend.queues[0], timeout=PATIENCE)
         self.done = 0
         self.error = ""
@@ -285,6 +286,15 @@ def restart() -> Result:
         "another": after["MainPID"] != before["MainPID"],
         "drawn": entropy(RUN / "rng1.sock"),
     }
+
+
+@step
+def crash() -> Result:
+    """The same for a process that is killed, most probably with a request in flight."""
+    pid = show("hcd.service", "MainPID")["MainPID"]
+    os.kill(int(pid), signal.SIGKILL)
+    until("hcd.service", NRestarts="1", ActiveState="active", MainPID="[1-9].*", StatusText=".* 1 connected: disk0")
+    return {"served": held.goes_on(), "error": held.error}
 
 
 @step

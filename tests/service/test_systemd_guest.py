@@ -21,7 +21,8 @@ from hcd.demo.console import Guest
 pytestmark = [pytest.mark.guest, pytest.mark.long]
 
 HERE = Path(__file__).parent
-SECONDS = 230
+#: a minute alone; a machine with other work to do takes longer
+SECONDS = 400
 #: short, so that the test is; the emulated processor still manages
 WATCHDOG = "[Service]\nWatchdogSec=10\n"
 UNIT = f"""
@@ -123,6 +124,10 @@ def test_a_front_end_does_not_notice_a_restart(steps: Steps) -> None:
     assert restarted["drawn"] == 64, "new connections are served too"
 
 
+def test_a_front_end_does_not_notice_a_crash(steps: Steps) -> None:
+    assert (steps["crash"]["served"], steps["crash"]["error"]) == (True, "")
+
+
 def test_a_connection_activates_an_instance(steps: Steps) -> None:
     activated = steps["activation"]
     assert activated["before"] == "inactive"
@@ -149,4 +154,4 @@ def test_it_stops_cleanly(steps: Steps) -> None:
 
 def test_the_front_end_saw_no_error_from_its_first_request_to_its_last(steps: Steps) -> None:
     assert steps["stop"]["error"] == ""
-    assert steps["stop"]["went_on"] == 1
+    assert steps["stop"]["went_on"] == 2, "over a restart and a crash"
