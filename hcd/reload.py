@@ -57,12 +57,11 @@ class Reloader:
             await self.reload()
 
     async def reload(self) -> Outcome:
-        """Returns how it went; raises nothing. Once begun it is not cancelled: half a configuration is none."""
-        with trio.CancelScope(shield=True):
-            async with self._one_at_a_time:
-                self._notifier.reloading()
-                self.last = outcome = await self._try()
-                self._notifier.ready(watch.describe(self._supervisor.hosts))
+        """Returns how it went; raises nothing. Only the end of the daemon cancels it."""
+        async with self._one_at_a_time:
+            self._notifier.reloading()
+            self.last = outcome = await self._try()
+            self._notifier.ready(watch.describe(self._supervisor.hosts))
         return outcome
 
     async def _try(self) -> Outcome:

@@ -19,7 +19,8 @@ def queue(**changes: Any) -> QueueState:
     made = QueueState(
         index=0, state="running", broken="", format="split", size=128, inflight=0, oldest=0.0,
         requests={"read": [10, 0, 0]}, found_by_ring=5, found_by_poll=5, bytes_from_guest=160, bytes_to_guest=5130,
-        interrupts=10, interrupts_suppressed=0, drops=0, guest_errors=0, handler_errors=0, latency=times(10, 10e-6),
+        interrupts=10, interrupts_suppressed=0, drops=0, throttled=0.0, guest_errors=0, handler_errors=0,
+        latency=times(10, 10e-6),
     )
     return replace(made, **changes)
 
@@ -39,7 +40,8 @@ def peer(**changes: Any) -> PeerState:
 def device(name: str = "disk0", **changes: Any) -> DeviceState:
     made = DeviceState(
         name=name, type="blk", transport="vhost-user", lane="reactor", socket=f"/run/hcd/{name}.sock", peer=peer(),
-        path_conflict=False, errors=Errors(0, 0, 0), capacity=1 << 30, queues=[queue()], doorbells=[doorbell()],
+        path_conflict=False, errors=Errors(0, 0, 0), capacity=1 << 30, limits={}, stuck_after=30.0,
+        queues=[queue()], doorbells=[doorbell()],
     )
     return replace(made, **changes)
 

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import manual_examples as examples
 import pytest
 
+from hcd.control.protocol import CALLS
+from hcd.control.snapshot import (
+    DeviceState,
+    DoorbellState,
+    Errors,
+    LastReload,
+    PeerState,
+    QueueState,
+    Snapshot,
+    Times,
+)
 from hcd.metrics.names import FAMILIES
+from hcd.views.doorbells import COLUMNS as BELL_COLUMNS
+from hcd.views.doorbells import doorbells
+from hcd.views.status import DEVICE_COLUMNS, QUEUE_COLUMNS, status
+from hcd.views.top import COLUMNS as TOP_COLUMNS
+from hcd.views.top import top
 
 ROOT = Path(__file__).parent.parent
 MANUAL = (ROOT / "docs" / "operations.md").read_text()
@@ -122,3 +140,58 @@ def test_every_file_that_is_named_is_there() -> None:
     places = [ROOT, ROOT / "systemd", ROOT / "systemd" / "drop-ins"]
     missing = [name for name in named if not any((place / name).exists() for place in places)]
     assert missing == []
+
+
+# -- what the commands print
+
+
+def example(command: str) -> list[str]:
+    """What the manual shows of ``command``, without the indentation."""
+    match = re.search(rf"^    \$ hcd {re.escape(command)}\n((?:    .*\n|\n(?=    ))*)", MANUAL, flags=re.M)
+    assert match is not None, f"no example of hcd {command}"
+    return [line.removeprefix("    ") for line in match[1].splitlines()]
+
+
+def columns(header: str) -> list[str]:
+    return re.split(r"  +", header.strip())
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("status", [DEVICE_COLUMNS, QUEUE_COLUMNS]),
+        ("doorbells", [BELL_COLUMNS]),
+        ("top --once", [TOP_COLUMNS]),
+    ],
+)
+def test_the_tables_in_the_manual_have_the_columns_of_the_code(
+    command: str, expected: list[tuple[str, ...]]
+) -> None:
+    headers = [line for line in example(command) if line.startswith("DEVICE ")]
+    assert [columns(header) for header in headers] == [list(one) for one in expected]
+
+
+def test_the_examples_of_the_manual_are_what_the_code_prints() -> None:
+    """The same tables, made of the numbers that stand there: not a space differs."""
+    shown = examples.snapshot()
+    assert example("status") == status(shown)
+    assert example("doorbells") == doorbells(shown)
+    before, now = examples.a_second_later(shown)
+    assert example("top --once") == top(before, now)
+    assert example("trace disk0")[0].endswith(" tracing disk0, pid 2147 qemu-system-x86")
+    times = [line.partition(" ")[0] for line in example("trace disk0")]
+    assert all(re.fullmatch(r"\d\d:\d\d:\d\d\.\d{6}", one) for one in times)
+
+
+def test_every_key_of_a_snapshot_is_in_the_manual() -> None:
+    section = MANUAL[MANUAL.index("### For programs") : MANUAL.index("## Upgrade")]
+    kinds = (Snapshot, LastReload, DeviceState, Errors, PeerState, QueueState, DoorbellState, Times)
+    keys = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    assert keys <= set(re.findall(r"`(\w+)`", section))
+
+
+def test_every_call_of_the_protocol_is_in_the_manual() -> None:
+    section = MANUAL[MANUAL.index("### For programs") : MANUAL.index("## Upgrade")]
+    for call, arguments in CALLS.items():
+        (row,) = re.findall(rf"^\| `{call}` \|(.*?)\|", section, flags=re.M)
+        assert re.findall(r"`(\w+)`", row) == [key.strip("()") for key in arguments]

@@ -104,6 +104,18 @@ def test_status_tells_what_was_negotiated_and_whose_errors_there_were() -> None:
     assert "disk0: errors since the start: 1 of the front end, 2 of the guest" in shown
 
 
+def test_a_threshold_of_its_own_says_when_a_request_is_stuck() -> None:
+    slow = [queue(oldest=12.0, inflight=1)]
+    assert find_problems(snapshot(device(queues=slow))) == []
+    assert find_problems(snapshot(device(queues=slow, stuck_after=0.0))) == []
+    assert len(find_problems(snapshot(device(queues=slow, stuck_after=10.0)))) == 1
+
+
+def test_status_tells_of_limits_and_what_they_do() -> None:
+    limited = device(limits={"requests_per_second": 100}, queues=[queue(throttled=2.5), queue(throttled=1.0)])
+    assert "disk0: limits: requests_per_second=100; they have held it back for 2.5 s" in status(snapshot(limited))
+
+
 def test_names_that_others_chose_steer_no_terminal() -> None:
     evil = device(peer=peer(command="\x1b[2Jroot\n"), queues=[queue(state="broken", broken="\x07bell")])
     for lines in (status(snapshot(evil)), top(None, snapshot(evil)), doorbells(snapshot(evil))):

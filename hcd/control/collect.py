@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 
 from hcd_protocols.vhost_user.features import ProtocolFeature, TransportFeature
 from hcd_protocols.virtio.features import BlkFeature, NetFeature, RingFeature
@@ -45,6 +46,8 @@ def _device(host: HostBase, bells: Iterable[Doorbell]) -> DeviceState:
         path_conflict=host.path_conflict,
         errors=Errors(host.protocol_errors, host.guest_errors, host.handler_errors),
         capacity=None if virtio is None else virtio.storage_size(),
+        limits={key: value for key, value in asdict(host.spec.limits).items() if value},
+        stuck_after=host.spec.stuck_after,
         queues=[] if virtio is None else _queues(virtio, session),
         doorbells=[state for bell in bells for state in _doorbells(bell)],
     )
@@ -105,6 +108,7 @@ def _queue(index: int, stats: QueueStats, ring: RingState | None) -> QueueState:
         interrupts=stats.interrupts_sent,
         interrupts_suppressed=stats.interrupts_suppressed,
         drops=stats.drops,
+        throttled=stats.throttled_ns / 1e9,
         guest_errors=stats.guest_errors,
         handler_errors=stats.handler_errors,
         latency=_times(latency),

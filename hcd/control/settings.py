@@ -31,6 +31,8 @@ __all__ = ["DEFAULT_MODE", "ControlSpec", "bind", "candidates", "default_path", 
 DEFAULT_MODE = 0o660
 FILE = "control.sock"
 SYSTEM_DIRECTORY = "/run/hcd"
+#: where systemd/drop-ins/control.conf puts it
+DROP_IN_DIRECTORY = "/run/hcd-control"
 #: names the socket, for daemons without one in their configuration and for clients; "" is none
 VARIABLE = "HCD_CONTROL"
 
@@ -128,6 +130,8 @@ def candidates(given: str | None, environment: Environment = os.environ) -> list
     if environment.get(VARIABLE):
         return [environment[VARIABLE]]
     places = [f"{SYSTEM_DIRECTORY}/{FILE}"]
+    if os.path.isdir(DROP_IN_DIRECTORY):
+        places.append(f"{DROP_IN_DIRECTORY}/{FILE}")
     if home := environment.get("XDG_RUNTIME_DIR"):
         places.append(f"{home}/hcd/{FILE}")
     return places

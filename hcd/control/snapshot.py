@@ -58,7 +58,10 @@ class PeerState:
 
 @dataclass(frozen=True, slots=True)
 class QueueState:
-    """One virtqueue. ``state``: none, stopped, disabled, running, draining or broken; ``broken`` says why."""
+    """One virtqueue. ``state``: none, stopped, disabled, running, draining or broken; ``broken`` says why.
+
+    ``oldest``: the age of the oldest request in flight. ``throttled``: how long limits have held the queue back.
+    """
 
     index: int
     state: str
@@ -75,6 +78,7 @@ class QueueState:
     interrupts: int
     interrupts_suppressed: int
     drops: int
+    throttled: float
     guest_errors: int
     handler_errors: int
     latency: Times
@@ -122,7 +126,10 @@ class Errors:
 
 @dataclass(frozen=True, slots=True)
 class DeviceState:
-    """One device. ``lane``: reactor or trio. ``capacity``: of a disk, bytes."""
+    """One device. ``lane``: reactor or trio. ``capacity``: of a disk, bytes. ``limits``: those that are set.
+
+    ``stuck_after``: a request that is in flight for so long is stuck; 0: however long, it is not.
+    """
 
     name: str
     type: str
@@ -133,6 +140,8 @@ class DeviceState:
     path_conflict: bool
     errors: Errors
     capacity: int | None
+    limits: dict[str, int]
+    stuck_after: float
     queues: list[QueueState]
     doorbells: list[DoorbellState]
 

@@ -7,10 +7,7 @@ from collections.abc import Iterator
 from hcd.control.snapshot import DeviceState, QueueState, Snapshot
 from hcd.views.text import time_ago
 
-__all__ = ["STUCK_SECONDS", "find_problems"]
-
-#: a request in flight for so long (seconds) is stuck, whatever it waits for
-STUCK_SECONDS = 10.0
+__all__ = ["find_problems"]
 
 
 def find_problems(snapshot: Snapshot) -> list[str]:
@@ -34,7 +31,7 @@ def _find(snapshot: Snapshot) -> Iterator[str]:
 
 def _of_device(device: DeviceState) -> Iterator[str]:
     for queue in device.queues:
-        for problem in _of_queue(queue):
+        for problem in _of_queue(queue, device.stuck_after):
             yield f"queue {queue.index}: {problem}"
     if device.path_conflict:
         yield "QEMU says another path than the configuration (path, bus)"
@@ -43,10 +40,10 @@ def _of_device(device: DeviceState) -> Iterator[str]:
             yield f"doorbell {bell.name}: the VMM could not register it (see the log)"
 
 
-def _of_queue(queue: QueueState) -> Iterator[str]:
+def _of_queue(queue: QueueState, stuck_after: float) -> Iterator[str]:
     if queue.state == "broken":
         yield f"{queue.broken}; no requests are taken until the guest sets the queue up again"
-    if queue.oldest >= STUCK_SECONDS:
+    if stuck_after and queue.oldest >= stuck_after:
         yield f"a request has been in flight for {time_ago(queue.oldest)}; {queue.inflight} are in flight"
     if queue.state == "draining":
         yield f"is being stopped and waits for {queue.inflight} requests in flight"

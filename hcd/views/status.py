@@ -120,6 +120,10 @@ def _detail(device: DeviceState, now: float) -> Iterator[str]:
             yield from wrap_words("    features:", peer.features)
         if peer.protocol_features:
             yield from wrap_words("    protocol:", peer.protocol_features)
+    if device.limits:
+        limits = ", ".join(f"{key}={value}" for key, value in device.limits.items())
+        held = max((queue.throttled for queue in device.queues), default=0.0)
+        yield f"{device.name}: limits: {limits}; they have held it back for {held:.1f} s"
     parts = [("front end", errors.protocol), ("guest", errors.guest), ("device type", errors.handler)]
     if any(number for _, number in parts):
         listed = ", ".join(f"{number} of the {whose}" for whose, number in parts if number)
