@@ -1,0 +1,199 @@
+"""A daemon is killed with requests in flight; the front end comes back to the next one and nothing is missing."""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hcd_protocols.virtio.blk import SECTOR_SIZE, RequestType
+
+from hcd.demo.hcd_process import HcdProcess
+from hcd.frontend.blk import BlockDriver, BlockRequest
+from hcd.frontend.client import Frontend
+from hcd.frontend.errors import BackendError
+
+pytestmark = pytest.mark.long
+
+Start = Callable[..., HcdProcess]
+
+DISK = """
+[[device]]
+name = "disk"
+type = "blk"
+socket = "{dir}/disk.sock"
+[device.options]
+blk-file = "{dir}/disk.img"
+"""
+
+BLOCK = 4096
+BLOCKS = 256
+DEPTH = 32
+
+
+def stamp(place: int, sequence: int) -> bytes:
+    """A block that says everywhere what it is, so that half of one is found."""
+    return struct.pack("<QQ", place, sequence) * (BLOCK // 16)
+
+
+class Writer:
+    """Writes stamped blocks at depth 32, never two at one place at once, and remembers what it was told."""
+
+    def __init__(self, frontend: Frontend, seed: int) -> None:
+        self.frontend = frontend
+        self.driver = BlockDriver(frontend.memory, frontend.queues[0], timeout=20)
+        self.random = random.Random(seed)
+        self.sequence = 0
+        #: place -> sequence: acknowledged, and on its way
+        self.acknowledged: dict[int, int] = {}
+        self.underway: dict[int, int] = {}
+
+    def fill(self) -> None:
+        while len(self.underway) < DEPTH:
+            place = self.random.randrange(BLOCKS)
+            if place not in self.underway:
+                self.sequence += 1
+                self.underway[place] = self.sequence
+                request = BlockRequest(RequestType.OUT, place * BLOCK // SECTOR_SIZE, stamp(place, self.sequence))
+                request.pieces = (512, 1024) if self.sequence % 3 == 0 else ()
+                self.driver.add(request)
+        self.driver.queue.publish()
+
+    def take(self, done: list[BlockRequest]) -> int:
+        for request in done:
+            place = request.check().sector * SECTOR_SIZE // BLOCK
+            self.acknowledged[place] = self.underway.pop(place)
+        return len(done)
+
+    def write(self, count: int) -> None:
+        """Until ``count`` more are acknowledged; DEPTH others are in flight then."""
+        self.fill()
+        while count > 0:
+            count -= self.take(self.driver.wait())
+            self.fill()
+
+    def write_until_hangup(self, count: int, then: Callable[[], object]) -> None:
+        """At full depth to the end; ``then`` is called in another thread after ``count`` writes, and is to kill."""
+        killer = threading.Thread(target=then)
+        done = 0
+        with pytest.raises(BackendError, match="hung up"):
+            while True:
+                self.fill()
+                done += self.take(self.driver.wait())
+                if done >= count and killer.ident is None:
+                    killer.start()
+        killer.join()
+
+    def finish(self) -> None:
+        while self.underway:
+            self.take(self.driver.wait())
+
+    def check_image(self, image: bytes) -> None:
+        """Every acknowledged block is there whole; one that is on its way may be there, or the one before it."""
+        for place, sequence in self.acknowledged.items():
+            block = image[place * BLOCK : (place + 1) * BLOCK]
+            assert block in (stamp(place, sequence), stamp(place, self.underway.get(place, sequence))), place
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_killed_with_a_full_queue(packed: bool, short_dir: Path, start_hcd: Start) -> None:
+    """Twenty times, in the middle of 32 writes that are in flight: all complete, once, without an error."""
+    image = short_dir / "disk.img"
+    image.write_bytes(bytes(BLOCK * BLOCKS))
+    hcd = start_hcd(DISK)
+    # A driver that knows no flush has each write synchronised, so they take their time.
+    with Frontend.open(short_dir / "disk.sock", packed=packed, inflight=True, device=0, timeout=20) as frontend:
+        writer = Writer(frontend, seed=packed)
+        recovered = 0
+        for _ in range(20):
+            writer.write_until_hangup(200, hcd.kill)
+            writer.check_image(image.read_bytes())
+            hcd = start_hcd(DISK)
+            frontend.reconnect()
+            writer.finish()
+            writer.check_image(image.read_bytes())
+            recovered += "in flight when the last back end ended" in hcd.log_text
+        assert recovered >= 3, "requests were hardly ever in flight when the daemon was killed"
+        assert frontend.queues[0].ring.outstanding == 0
+
+
+def test_without_a_record_the_front_end_may_still_come_back(short_dir: Path, start_hcd: Start) -> None:
+    """The control: INFLIGHT_SHMFD negotiated, no region handed over, as QEMU does for devices that know none."""
+    (short_dir / "disk.img").write_bytes(bytes(BLOCK * BLOCKS))
+    hcd = start_hcd(DISK)
+    with Frontend.open(short_dir / "disk.sock", timeout=20) as frontend:
+        writer = Writer(frontend, seed=3)
+        writer.write(100)
+        writer.finish()
+        hcd.kill()
+        start_hcd(DISK)
+        frontend.reconnect()
+        writer.write(100)
+        writer.finish()
+        writer.check_image((short_dir / "disk.img").read_bytes())
+
+
+def open_without_rings(path: Path, **options: bool) -> Frontend:
+    frontend = Frontend(path)
+    frontend.negotiate(**options)
+    frontend.share_memory()
+    return frontend
+
+
+def test_the_region_may_come_after_the_rings(short_dir: Path, start_hcd: Start) -> None:
+    """As long as they are not enabled. One that comes later is refused."""
+    (short_dir / "disk.img").write_bytes(bytes(BLOCK * BLOCKS))
+    start_hcd(DISK)
+    with open_without_rings(short_dir / "disk.sock") as frontend:
+        queue = frontend.start_queue(0, 64)
+        frontend.enable_queue(0, False)
+        frontend.request_inflight(1, 64)
+        frontend.enable_queue(0)
+        driver = BlockDriver(frontend.memory, queue)
+        driver.write(0, stamp(0, 1))
+        assert frontend.inflight is not None
+        record = os.pread(frontend.inflight.fd, 16, 0)
+        assert struct.unpack("<QHHHH", record)[1:3] == (1, 64)
+        assert struct.unpack("<QHHHH", record)[4] == 1, "the used index after one request"
+        with pytest.raises(BackendError):
+            frontend.hand_over_inflight()
+        frontend.wait_hangup()
+
+
+@pytest.mark.parametrize(
+    ("size", "offset", "queues", "entries", "why"),
+    [
+        (64, 0, 1, 128, "take 2112"),
+        (1 << 20, 0, 1, 128, "the file has"),
+        (2112, 8, 1, 128, "multiple of 64"),
+        (2112, 1 << 20, 1, 128, "the file has"),
+        (4224, 0, 1, 512, "take"),
+        ((1 << 62), (1 << 62), 1, 128, "larger than any file"),
+        (2112, 0, 0, 128, "queues"),
+        (2112, 0, 2, 128, "queues"),
+        (2112, 0, 1, 0, "queues"),
+        (2112, 0, 1, 65535, "queues"),
+    ],
+)
+def test_a_region_that_cannot_be_is_refused(
+    size: int, offset: int, queues: int, entries: int, why: str, short_dir: Path, start_hcd: Start
+) -> None:
+    """The connection ends, the log says why; the next front end is served and no descriptor stays behind."""
+    (short_dir / "disk.img").write_bytes(bytes(BLOCK * BLOCKS))
+    hcd = start_hcd(DISK)
+    with open_without_rings(short_dir / "disk.sock") as frontend:
+        frontend.request_inflight(1, 128)
+        assert frontend.inflight is not None
+        frontend.inflight = frontend.inflight._replace(
+            mmap_size=size, mmap_offset=offset, num_queues=queues, queue_size=entries
+        )
+        with pytest.raises(BackendError):
+            frontend.hand_over_inflight()
+        frontend.wait_hangup()
+    assert why in hcd.log_text
+    with Frontend.open(short_dir / "disk.sock", inflight=True) as frontend:
+        BlockDriver(frontend.memory, frontend.queues[0]).write(0, bytes(512))
