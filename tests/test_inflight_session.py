@@ -79,14 +79,16 @@ class Writer:
     def write_until_hangup(self, count: int, then: Callable[[], object]) -> None:
         """At full depth to the end; ``then`` is called in another thread after ``count`` writes, and is to kill."""
         killer = threading.Thread(target=then)
-        done = 0
         with pytest.raises(BackendError, match="hung up"):
-            while True:
-                self.fill()
-                done += self.take(self.driver.wait())
-                if done >= count and killer.ident is None:
-                    killer.start()
+            self._write_on(count, killer)
         killer.join()
+
+    def _write_on(self, count: int, then: threading.Thread) -> None:
+        while True:
+            self.fill()
+            count -= self.take(self.driver.wait())
+            if count <= 0 and then.ident is None:
+                then.start()
 
     def finish(self) -> None:
         while self.underway:

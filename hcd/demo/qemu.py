@@ -165,9 +165,9 @@ def _clock_words() -> list[str]:
     return [f"tsc_early_khz={float(found.group(1)) * 1000:.0f}"] if found else []
 
 
-def chardev(ident: str, socket: Path | str) -> list[str]:
-    """The connection to the back end that listens on ``socket``."""
-    return ["-chardev", f"socket,id={ident}-socket,path={socket}"]
+def chardev(ident: str, socket: Path | str, *, reconnect: int = 0) -> list[str]:
+    """The connection to the back end that listens on ``socket``; ``reconnect`` in seconds, 0: made once."""
+    return ["-chardev", f"socket,id={ident}-socket,path={socket}" + (f",reconnect={reconnect}" if reconnect else "")]
 
 
 def _device(name: str, ident: str, bus: str, properties: Sequence[str]) -> list[str]:
@@ -190,13 +190,14 @@ def block(
     ident: str = "disk0",
     queues: int = 1,
     packed: bool = False,
+    reconnect: int = 0,
     extra: Sequence[str] = (),
 ) -> list[str]:
     """A vhost-user block device on ``bus``."""
     properties = [f"chardev={ident}-socket", f"num-queues={queues}", *extra]
     if packed:
         properties.append("packed=on")
-    return chardev(ident, socket) + _device("vhost-user-blk", ident, bus, properties)
+    return chardev(ident, socket, reconnect=reconnect) + _device("vhost-user-blk", ident, bus, properties)
 
 
 def rng(socket: Path | str, bus: str, *, ident: str = "rng0") -> list[str]:

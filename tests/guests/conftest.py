@@ -42,7 +42,8 @@ def compile_static(tmp_path: Path, need: Callable[..., None]) -> Callable[[str],
     def build(source: str) -> bytes:
         need("gcc")
         program = tmp_path / Path(source).stem
-        command = ["gcc", "-static", "-O2", "-Wall", "-o", str(program), str(Path(__file__).parent / source)]
+        path = Path(__file__).parent / source
+        command = ["gcc", "-static", "-pthread", "-O2", "-Wall", "-o", str(program), str(path)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return program.read_bytes()
