@@ -85,6 +85,7 @@ class Stepped:
 
 
 def _serve(arguments: list[int]) -> None:
+    from crash import answer
     from rings import EVENT_IDX, INDIRECT_DESC, RING_PACKED, VERSION_1, Scheduler
 
     from hcd.dataplane.memory import MemoryTable, Region
@@ -112,10 +113,8 @@ def _serve(arguments: list[int]) -> None:
 
     def complete(*which: str) -> None:
         for one in which:
-            taken.pop(int(one)).complete(int(one) % 8 if taken_room(int(one)) else 0)
-
-    def taken_room(one: int) -> bool:
-        return taken[one].writable_size > 0
+            request = taken.pop(int(one))
+            request.complete(answer(request))
 
     def put_back() -> None:
         queue.unpop(taken.pop(max(taken)))
