@@ -158,12 +158,15 @@ def expect_all_served(rig: Rig, taken: list[int], *, shuffle: Any = None) -> Non
         order = list(range(len(requests)))
         shuffle(order)
         requests, answers = [requests[i] for i in order], [answers[i] for i in order]
+    seen = []
     for i, request in enumerate(requests):
         request.complete(answer(request))
-        if i % 3 == 2:
+        if i % 3 == 0:  # the driver looks in between: what it sees is that much and no more
             queue.flush()
+            seen += rig.used()
+            assert seen == answers[: i + 1]
     queue.flush()
-    assert rig.used() == answers
+    assert seen + rig.used() == answers
     assert rig.ring.outstanding == 0
     for lap in range(3):  # the ring and the record go on
         sent = [rig.add(1 + (lap + i) % 3) for i in range(rig.size // 3)]
