@@ -28,7 +28,7 @@ from typing import Any
 from hcd import plugins
 from hcd.dataplane.bell import Bell
 from hcd.dataplane.stats import DoorbellStats, QueueStats
-from hcd.dataplane.virtqueue import Request, Virtqueue
+from hcd.dataplane.virtqueue import Limit, Request, Virtqueue
 from hcd.device import Device, DeviceError, DoorbellDevice, GuestError
 from hcd.testing.serving import checked_options
 from tests.fuzz.guest import Arena, library
@@ -273,7 +273,16 @@ class Played:
                 ask()
         assert len(self.device.config()) == size
 
+    def limit(self, chance: random.Random) -> None:
+        """A limit for all queues of this connection, or none."""
+        limit = Limit() if chance.random() < 0.2 else None
+        if limit is not None:
+            limit.set(chance.choice((0, 10, 1e6)), chance.choice((0, 5)), chance.choice((0, 1e3, 1e9)))
+        for queue in self.queues:
+            queue.virtqueue.set_limit(limit)
+
     def start(self, features: int, size: int, chance: random.Random) -> None:
+        self.limit(chance)
         self.device.connect(features)
         for queue in self.queues:
             queue.start(features, size, chance)

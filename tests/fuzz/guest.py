@@ -134,7 +134,7 @@ class Arena:
         start = self.memory.regions[0].gpa + RING_AREA + place * 0x8000
         h.size, h.packed, h.event_idx, h.indirect, h.swap = size, packed, event_idx, indirect, swap
         h.desc = start
-        h.driver = start + 16 * size
+        h.driver = start + 16 * (size + 1)  # behind the table is a descriptor that is not one of it
         h.device = (h.driver + (4 if packed else 6 + 2 * size) + 3) & ~3
 
     def close(self) -> None:

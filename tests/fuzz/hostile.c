@@ -96,6 +96,8 @@ static const uint64_t interesting[] = {
 static uint64_t odd_value(hostile_t *h)
 {
     uint32_t n = sizeof(interesting) / sizeof(interesting[0]);
+    if (chance(h, 64))                                  /* the bounds of the ring, and those of a table */
+        return h->size * (chance(h, 128) ? 1 : 16) + upto(h, 3) - 1;
     return chance(h, 64) ? next_random(&h->random) : interesting[upto(h, n)] + upto(h, 3) - 1;
 }
 
@@ -268,9 +270,9 @@ static uint64_t table_place(hostile_t *h, uint32_t n)
     return some_address(h, 16 * n);
 }
 
-static void break_desc(hostile_t *h, uint64_t gpa, uint32_t entries)
+/* Of a descriptor table: entry `i`. */
+static void break_desc(hostile_t *h, uint64_t gpa, uint32_t i)
 {
-    uint32_t i = upto(h, entries ? entries : 1);
     desc_t d;
     if (get_desc(h, gpa + 16 * i, &d) != 0)
         return;
@@ -288,16 +290,20 @@ static void break_desc(hostile_t *h, uint64_t gpa, uint32_t entries)
     put_desc(h, gpa + 16 * i, d.addr, d.len, d.a, d.b);
 }
 
-static void break_ring(hostile_t *h, uint64_t table, uint32_t entries)
+/* Something in the ring, in half of the cases in the chain that was made last: `n` descriptors from `first` on. */
+static void break_ring(hostile_t *h, uint64_t table, uint32_t first, uint32_t step, uint32_t n)
 {
+    int here = chance(h, 128);
+    uint32_t entry = here ? (first + step * upto(h, table ? 1 : n)) % h->size : upto(h, h->size);
     switch (upto(h, 8)) {
-    case 0: case 1: case 2: break_desc(h, h->desc, h->size); break;
-    case 3: break_desc(h, table ? table : h->desc, table ? entries : h->size); break;
+    case 0: case 1: case 2: break_desc(h, h->desc, entry); break;
+    case 3: break_desc(h, table ? table : h->desc, table ? upto(h, n) : entry); break;
     case 4:
         put16(h, h->driver + (upto(h, 2) ? 0 : 4 + 2 * (h->packed ? 0 : h->size)), (uint16_t)odd_value(h));
         break;
     case 5:
-        put16(h, h->driver + 2 * upto(h, h->packed ? 2 : 2 + h->size), (uint16_t)odd_value(h));
+        entry = here && !h->packed ? 2 + (h->avail + h->size - 1) % h->size : upto(h, h->packed ? 2 : 2 + h->size);
+        put16(h, h->driver + 2 * entry, (uint16_t)odd_value(h));
         break;
     case 6:
         put16(h, h->device + 2 * upto(h, h->packed ? 2 : 2 + 4 * h->size), (uint16_t)odd_value(h));
@@ -321,9 +327,15 @@ static void packed_step(uint32_t size, uint32_t *slot, uint32_t *wrap, uint32_t 
     }
 }
 
+/* A sound descriptor where none should be looked for: one behind the end of a table. */
+static void put_decoy(hostile_t *h, uint64_t gpa)
+{
+    put_desc(h, gpa, h->heap, 64, h->packed ? 0 : WRITE, h->packed ? WRITE : 0);
+}
+
 static uint64_t write_table(hostile_t *h, const piece_t *pieces, uint32_t n)
 {
-    uint64_t table = table_place(h, n);
+    uint64_t table = table_place(h, n + 1);
     for (uint32_t i = 0; i < n; i++) {
         uint16_t flags = (pieces[i].write ? WRITE : 0) | (i + 1 < n ? NEXT : 0);
         if (h->packed)
@@ -331,12 +343,13 @@ static uint64_t write_table(hostile_t *h, const piece_t *pieces, uint32_t n)
         else
             put_desc(h, table + 16 * i, pieces[i].gpa, pieces[i].len, flags, (uint16_t)(i + 1 < n ? i + 1 : 0));
     }
+    put_decoy(h, table + 16 * n);
     return table;
 }
 
-static void emit_split(hostile_t *h, const piece_t *pieces, uint32_t n, uint64_t table)
+static void emit_split(hostile_t *h, const piece_t *pieces, uint32_t n, uint64_t table, uint32_t first, uint32_t step)
 {
-    uint32_t first = upto(h, h->size), step = 1 + 2 * upto(h, 4), i = first;
+    uint32_t i = first;
     if (table) {
         put_desc(h, h->desc + 16 * i, table, 16 * n, INDIRECT, 0);
     } else {
@@ -379,12 +392,13 @@ void hostile_fill(hostile_t *h, uint32_t count)
     for (uint32_t i = 0; i < count; i++) {
         uint32_t n = h->n_templates ? request_pieces(h, pieces) : some_pieces(h, pieces);
         uint64_t table = h->indirect && chance(h, 90) ? write_table(h, pieces, n) : 0;
+        uint32_t first = h->packed ? h->avail : upto(h, h->size), step = h->packed ? 1 : 1 + 2 * upto(h, 4);
         if (h->packed)
             emit_packed(h, pieces, n, table);
         else
-            emit_split(h, pieces, n, table);
+            emit_split(h, pieces, n, table, first, step);
         while (chance(h, h->chaos))
-            break_ring(h, table, n);
+            break_ring(h, table, first, step, n);
         h->filled++;
     }
 }
@@ -412,6 +426,7 @@ void hostile_reset(hostile_t *h, uint32_t base)
         h->avail = h->last = h->seen = base & 0xffff;
         put16(h, h->driver + 2, (uint16_t)h->avail);
         put16(h, h->device + 2, (uint16_t)h->avail);
+        put_decoy(h, h->desc + 16 * h->size);
     }
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import os
+import random
 import select
 import socket
 import struct
@@ -18,7 +19,7 @@ from typing import Any
 
 import pytest
 from hcd_protocols.vhost_user import FrontendRequest, ProtocolFeature
-from hcd_protocols.vhost_user.layouts import CONFIG, MEM_TABLE, SINGLE_REGION, U64, VRING_ADDR, VRING_STATE
+from hcd_protocols.vhost_user.layouts import CONFIG, INFLIGHT, MEM_TABLE, SINGLE_REGION, U64, VRING_ADDR, VRING_STATE
 from hcd_protocols.vhost_user.messages import FLAG_NEED_REPLY, NO_FD, VERSION
 from hcd_protocols.virtio.blk import RequestType
 
@@ -33,6 +34,7 @@ pytestmark = pytest.mark.long
 R = FrontendRequest
 SECTOR = 512
 WHOLE_TABLE = ProtocolFeature.REPLY_ACK | ProtocolFeature.CONFIG | ProtocolFeature.MQ
+TRACKED = WHOLE_TABLE | ProtocolFeature.INFLIGHT_SHMFD
 BY_SLOTS = WHOLE_TABLE | ProtocolFeature.CONFIGURE_MEM_SLOTS
 
 
@@ -50,6 +52,10 @@ def state(index: int, num: int = 0) -> bytes:
 
 def region(gpa: int, size: int, user: int = 0x7000_0000, offset: int = 0) -> dict[str, int]:
     return {"guest_addr": gpa, "size": size, "user_addr": user, "mmap_offset": offset}
+
+
+def inflight(size: int, offset: int, queues: int, entries: int) -> bytes:
+    return INFLIGHT.build(mmap_size=size, mmap_offset=offset, num_queues=queues, queue_size=entries)
 
 
 def table(*regions: dict[str, int]) -> bytes:
@@ -444,6 +450,75 @@ def kick_until_the_end(frontend: Frontend) -> None:
         for queue in frontend.queues.values():
             queue.kick()
         frontend.sync()
+
+
+# -- records of requests in flight that are none
+
+
+@pytest.mark.parametrize("kind", ["directory", "pipe", "socket", "eventfd", "null device", "read-only file"])
+def test_an_inflight_region_that_is_no_memory_ends_the_connection(hostile: Any, kind: str) -> None:
+    with negotiated(hostile, TRACKED) as frontend, closing_fd(UNMAPPABLE[kind]()) as fd:
+        frontend.send_raw(message(R.SET_INFLIGHT_FD, inflight(1 << 16, 0, 2, 64)), [fd])
+        frontend.wait_hangup()
+        hostile.expect_log("broke the protocol", "in-flight region")
+
+
+@pytest.mark.parametrize(
+    ("size", "offset", "queues", "entries"),
+    [
+        pytest.param(64, 0, 2, 64, id="too small"),
+        pytest.param(2 << 20, 0, 2, 64, id="longer than its file"),
+        pytest.param(1 << 16, 1 << 20, 2, 64, id="behind the end"),
+        pytest.param(1 << 16, 8, 2, 64, id="not aligned"),
+        pytest.param(1 << 62, 0, 2, 64, id="of no file's size"),
+        pytest.param(1 << 16, (1 << 63) - (1 << 16), 2, 64, id="at the end of all offsets"),
+        pytest.param(1 << 16, 0, 0, 64, id="for no queue"),
+        pytest.param(1 << 16, 0, 65535, 64, id="for more queues than there are"),
+        pytest.param(1 << 16, 0, 2, 0, id="for queues of nothing"),
+        pytest.param(1 << 16, 0, 2, 65535, id="for queues larger than any"),
+    ],
+)
+def test_an_impossible_inflight_region_ends_the_connection(
+    hostile: Any, size: int, offset: int, queues: int, entries: int
+) -> None:
+    with negotiated(hostile, TRACKED) as frontend, fds(1) as opened:
+        frontend.send_raw(message(R.SET_INFLIGHT_FD, inflight(size, offset, queues, entries)), opened)
+        frontend.wait_hangup()
+        hostile.expect_log("broke the protocol", "in-flight region|SET_INFLIGHT_FD")
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_a_record_of_nonsense_hurts_that_connection_alone(hostile: Any, packed: bool) -> None:
+    """Garbage, and records that are nearly right: the ring starts, or the connection ends."""
+    chance = random.Random(packed)
+    for kind in range(24):
+        with hostile.frontend(memory_size=1 << 20) as frontend, fds(1) as opened, suppress(BackendError):
+            frontend.negotiate(device=BLOCK_FEATURES, packed=packed, protocol=TRACKED)
+            frontend.share_memory()
+            garbage = bytearray(chance.randbytes(1 << 16)) if kind % 2 else bytearray(1 << 16)
+            for start in (0, 16 + 16 * 64 + 48, 32 + 32 * 64 + 32):
+                garbage[start + 8 : start + 12] = struct.pack("<HH", 1, 64)  # version and entries
+                garbage[start + 16 + 16 * (kind % 8)] = 1  # something in flight
+            os.pwrite(opened[0], garbage, 0)
+            frontend.send_raw(message(R.SET_INFLIGHT_FD, inflight(1 << 16, 0, 2, 64)), opened)
+            for index in range(2):
+                frontend.start_queue(index, 64).kick()
+            frontend.sync()
+    assert len(hostile.log) < 90
+
+
+def test_an_inflight_region_truncated_under_running_io_hurts_that_connection_alone(hostile: Any) -> None:
+    with hostile.frontend() as frontend, fds(1) as opened:
+        frontend.negotiate(device=BLOCK_FEATURES, protocol=TRACKED)
+        frontend.share_memory()
+        frontend.send_raw(message(R.SET_INFLIGHT_FD, inflight(1 << 16, 0, 2, 128)), opened)
+        disk = BlockDriver(frontend.memory, frontend.start_queue(0))
+        disk.write(0, bytes(SECTOR))
+        os.ftruncate(opened[0], 0)
+        with suppress(BackendError):
+            disk.write(0, bytes(SECTOR))
+        frontend.wait_hangup()
+    hostile.expect_log("broke the protocol", "truncated")
 
 
 # -- descriptors for kicks and calls that are none
