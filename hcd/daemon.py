@@ -158,6 +158,7 @@ async def _serve_all(daemon: _Daemon, stack: AsyncExitStack) -> None:
                 calls = Calls(supervisor, Probe(lanes.reactor), started=daemon.started, config=daemon.config.file,
                               reloader=reloader)
                 nursery.start_soon(keep_up, "control", partial(serve_control, control, calls.answer, calls.trace))
+            await supervisor.taken_over()
             daemon.notifier.ready(watch.describe(supervisor.hosts))
             if daemon.beside is not None:
                 await daemon.beside()
@@ -184,7 +185,7 @@ async def _open_devices(
         await supervisor.open(spec)
     for spec in config.devices:
         supervisor.listen(spec)
-    supervisor.handed = recover(supervisor.store, stored, supervisor.hosts)
+    supervisor.hand_over(recover(supervisor.store, stored, supervisor.hosts))
     await supervisor.store.probe()
     daemon.supervisor = supervisor
     return supervisor

@@ -131,6 +131,8 @@ class HostBase:
         #: sessions of an earlier process that were gone on with, or could not be
         self.handovers_resumed = 0
         self.handovers_failed = 0
+        #: the process ends, and leaves what is kept to the next one
+        self.leaving = False
         self._accepting = trio.CancelScope()
         #: how often a method other than the handler raised what it must not
         self.device_errors = 0
@@ -210,6 +212,7 @@ class HostBase:
 
     async def leave(self) -> None:
         """Accept nobody any more, and leave the session that is kept to the next process."""
+        self.leaving = True
         self._accepting.cancel()
         if (session := self.kept) is not None:
             session.leave()

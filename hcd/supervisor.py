@@ -123,9 +123,13 @@ class Supervisor:
         self._listeners: dict[str, _Listener] = {}
         #: what the service manager keeps for the next process
         self.store: FdStore | None = None
-        #: sessions of an earlier process, by their devices, until they are served
-        self.handed: dict[str, Handed] = {}
+        self._handed: Sequence[Handed] = ()
+        self._not_served: dict[str, Handed] = {}
         self._tasks: dict[HostBase, _Task] = {}
+
+    def hand_over(self, handed: dict[str, Handed]) -> None:
+        """Sessions of an earlier process, by their devices, which are open: to be gone on with when they are served."""
+        self._handed, self._not_served = tuple(handed.values()), handed
 
     # -- devices
 
@@ -232,11 +236,17 @@ class Supervisor:
         else:
             assert isinstance(host, DeviceHost)
             connected = partial(vhost_user.serve_connected, host, sock)
-            serve = partial(vhost_user.serve, host, sock, exit_on_disconnect=once, handed=self.handed)
+            serve = partial(vhost_user.serve, host, sock, exit_on_disconnect=once, handed=self._not_served)
         if listener.connected:
             await connected()
         else:
             await keep_up(host.spec.name, serve)
+
+    async def taken_over(self) -> None:
+        """Return when every session of an earlier process is gone on with, or given up."""
+        for handed in self._handed:
+            await handed.settled.wait()
+        self._handed = ()
 
     async def leave(self) -> None:
         """Accept nobody any more; sessions that are kept come to an end without their front ends."""

@@ -197,6 +197,17 @@ class Manager:
         """The last parts of the names, sorted."""
         return sorted(name.rpartition("/")[2] for name in self.names())
 
+    def fd_of(self, role: str) -> int:
+        """The descriptor, which stays the manager's, that is stored as ``role``."""
+        with self._changed:
+            return next(stored.fd for stored in self._store if stored.name.endswith(f"/{role}"))
+
+    def until_hung_up(self, role: str, timeout: float = 60) -> None:
+        """Until what was stored as ``role`` was dropped because it hung up; the service need not run."""
+        with self._changed:
+            dropped = self.dropped["hung up"]
+            assert self._changed.wait_for(lambda: any(name.endswith(f"/{role}") for name in dropped), timeout)
+
     def forget(self, role: str) -> None:
         """Lose what is stored as ``role``, as a full store would have."""
         with self._changed:

@@ -13,6 +13,8 @@ import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import trio
+
 from hcd.handover.fdstore import FdStore
 from hcd.handover.keeper import Keeper
 from hcd.handover.record import VERSION, Record, fingerprint
@@ -34,6 +36,8 @@ class Handed:
     record: Record
     keeper: Keeper
     fds: dict[str, list[int]] = field(default_factory=dict)
+    #: set when it is gone on with, or given up
+    settled: trio.Event = field(default_factory=trio.Event)
 
     def connection(self) -> socket.socket:
         return socket.socket(fileno=self.take(self.record.connection))

@@ -30,7 +30,7 @@ from hcd.doorbell import Path, PathSource
 from hcd.errors import DeviceError, ProtocolError
 from hcd.handover.fdstore import StoreError
 from hcd.handover.keeper import Keeper
-from hcd.handover.record import fingerprint
+from hcd.handover.record import Record, fingerprint
 from hcd.handover.recovery import Handed
 from hcd.handover.resume import resume
 from hcd.host import DeviceHost, RingState
@@ -90,10 +90,8 @@ async def serve(
     their devices; that of this one is taken out and is the first.
     """
     qmp_path = _bound_path(listener) or host.spec.socket
-    first = None
-    if handed and (earlier := handed.pop(host.spec.name, None)) is not None:
-        connection = trio.socket.from_stdlib_socket(earlier.connection())
-        first = _Session(host, connection, qmp_path=qmp_path, handed=earlier)
+    earlier = handed.pop(host.spec.name, None) if handed else None
+    first = _session_of(earlier, host, qmp_path) if earlier is not None else None
     await accept_one_at_a_time(
         host,
         listener,
@@ -102,6 +100,19 @@ async def serve(
         exit_on_disconnect=exit_on_disconnect,
         first=first,
     )
+
+
+def _session_of(handed: Handed, host: DeviceHost, qmp_path: str) -> _Session | None:
+    connection = trio.socket.from_stdlib_socket(handed.connection())
+    try:
+        return _Session(host, connection, qmp_path=qmp_path, handed=handed)
+    except Exception as error:
+        connection.close()
+        handed.close()
+        handed.settled.set()
+        host.handovers_failed += 1
+        host.device_failed("what it is asked when a front end is taken over", error)
+        return None
 
 
 async def serve_connected(host: DeviceHost, sock: socket.socket) -> None:
@@ -146,7 +157,7 @@ class _Session:
         self._keeper = handed.keeper if handed is not None else None
         self._config = handed.record.config if handed is not None else b""  # as the front end read it last
         self._leaving = False
-        self._left = False
+        self._gone = False  # the front end is, or is to be
         self._idle = trio.CancelScope()
 
     def hung_up(self) -> bool:
@@ -188,7 +199,7 @@ class _Session:
                     host.rare_log.log(logging.INFO, "connections", "front end connected (pid %s)", shown_pid(self.peer))
                     await self._begin_keeping()
                     await self._serve(nursery)
-                elif await self._resume(self._handed, nursery):
+                elif await self._resume(self._handed):
                     await self._serve(nursery)
                 nursery.cancel_scope.cancel()
         finally:
@@ -208,9 +219,11 @@ class _Session:
     async def _serve(self, nursery: trio.Nursery) -> None:
         host = self.host
         try:
+            if self._handed is not None:
+                await self._catch_up(self._handed.record, nursery)
             while await self._message_is_there():
                 await self._take_message(nursery)
-            self._left = self._keeper is not None
+            return
         except HungUp as end:
             if end.middle:
                 self._protocol_error("the front end hung up in the middle of a message")
@@ -223,6 +236,7 @@ class _Session:
             host.log.warning("connection to the front end failed: %s", error.strerror or error)
         except Exception as error:  # the device in connect, start_queue ...: it ends this connection, nothing else
             host.device_failed("a method that the connection cannot go on without", error)
+        self._gone = True
 
     async def _message_is_there(self) -> bool:
         """Wait for one; False when this process is to leave first."""
@@ -260,6 +274,7 @@ class _Session:
         """End the session when the front end truncates the memory that it shared."""
         await trio.lowlevel.wait_readable(alarm)
         self._protocol_error("it truncated the memory that it shared")
+        self._gone = True
         session.cancel()
 
     def _protocol_error(self, text: str) -> None:
@@ -275,7 +290,7 @@ class _Session:
             await self._drain_all(backend)
             await host.lane.run(backend.close)
             await host.lane.run(self._give_up_path)
-        self._stop_keeping()
+        self._stop_keeping(leave=host.leaving and not self._gone)
         self._link.close()
         self._forget_offered()
         if self._back_channel is not None:
@@ -318,7 +333,7 @@ class _Session:
         if self._keeper is not None:
             self._keeper.busy = False
 
-    async def _resume(self, handed: Handed, nursery: trio.Nursery) -> bool:
+    async def _resume(self, handed: Handed) -> bool:
         """Go on with the session of an earlier process; whether that worked."""
         host, backend = self.host, self._backend
         assert backend is not None
@@ -331,24 +346,30 @@ class _Session:
                 self._open_back_channel(channel)
             await resume(handed, self._conn, backend)
         except Exception as error:
+            self._gone = True
             host.handovers_failed += 1
             host.log.warning("the session of an earlier process ends: %s", error)
             if not isinstance(error, ValueError | ProtocolError | OSError):
                 host.device_failed("a method that the connection cannot go on without", error)
             return False
+        else:
+            host.kept = self
+            host.handovers_resumed += 1
+            host.log.info("went on with the front end (pid %s) of an earlier process", shown_pid(self.peer))
+            return True
         finally:
+            handed.settled.set()
             close_all(fd for name in list(handed.fds) for fd in handed.fds.pop(name))
-        host.kept = self
-        host.handovers_resumed += 1
-        host.log.info("went on with the front end (pid %s) of an earlier process", shown_pid(self.peer))
+
+    async def _catch_up(self, record: Record, nursery: trio.Nursery) -> None:
+        """What the process before this one did not get round to, and what has changed since."""
         await self._commit()
         if self._keeper is not None:
             await self._link.send_file(*self._keeper.unsent())
         if record.session.features:
             self._ask_for_path(record.session.features, nursery)
-        if record.config and await host.lane.run(host.device.config) != record.config:
-            host.device.notify_config_change()
-        return True
+        if record.config and await self.host.lane.run(self.host.device.config) != record.config:
+            self.host.device.notify_config_change()
 
     async def _keep(self, action: Callable[[Keeper], None]) -> None:
         if self._keeper is not None:
@@ -367,13 +388,13 @@ class _Session:
 
     def _cannot_keep(self, error: StoreError | OSError) -> None:
         self.host.rare_log.warning("not kept", "a restart of hcd will end this connection: %s", error)
-        self._left = False
-        self._stop_keeping()
+        self._stop_keeping(leave=False)
 
-    def _stop_keeping(self) -> None:
+    def _stop_keeping(self, *, leave: bool) -> None:
+        """``leave``: the next process goes on with the session. It does not if this one was in a message."""
         self.host.kept = None
         if self._keeper is not None:
-            if self._left:
+            if leave:
                 self._keeper.leave()
             else:
                 self._keeper.end()
