@@ -355,6 +355,7 @@ class Backend:
             "their late answers go nowhere",
             vring.queue.index, left, self.host.drain_timeout, age,
         )
+        vring.queue.stats.handler_errors += left
         self._abandoned.append(self.memory)
         self.set_memory(self.memory.twin())
         self._revoke_abandoned()
@@ -449,6 +450,7 @@ class Backend:
         try:
             call()
         except Exception as error:
+            self.host.device_errors += 1
             self.host.rare_log.error(type(error).__name__, "%s failed: %s: %s", type(self.device).__name__,
                                      type(error).__name__, error)
             self.host.trace_once(error)

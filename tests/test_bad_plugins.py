@@ -73,6 +73,12 @@ class Callback(Good):
     def fails(self):
         raise ZeroDivisionError("late")
 
+class Clumsy(Good):
+    def stop_queue(self, queue):
+        raise ZeroDivisionError("cannot stop")
+    def disconnect(self):
+        raise ZeroDivisionError("cannot leave")
+
 class Garbage(Good):
     asks = 0
     def config(self):
@@ -232,7 +238,25 @@ def test_a_request_that_is_kept_is_taken_away(start: Callable[[str], Bad], short
         bad.neighbour.serves_on()
         assert driver.stop_queue(0) == 1
         assert not driver.queues[0].used()
+    assert bad.errors() == 1
     assert "1 requests did not end within 0.2 s" in bad.hcd.log_text
+
+
+def test_a_device_that_raises_while_it_stops_is_stopped_all_the_same(
+    start: Callable[[str], Bad], short_dir: Path
+) -> None:
+    """The queue goes on from where it was; the connection ends, and the next one is served."""
+    bad = start("clumsy")
+    with Driver.open(short_dir / "bad") as driver:
+        assert driver.ask(b"hello", 8) == b"HELLO"
+        driver.hand_over(driver.queues[0], driver.stop_queue(0))
+        assert driver.ask(b"hello", 8) == b"HELLO"
+        assert bad.errors() == 1
+    with Driver.open(short_dir / "bad") as driver:
+        assert driver.ask(b"hello", 8) == b"HELLO"
+        assert bad.errors() == 3  # one for the queue, one for the connection
+    assert "Clumsy failed: ZeroDivisionError: cannot leave" in bad.hcd.log_text
+    assert bad.hcd.log_text.count("Traceback") == 1
 
 
 def test_a_handler_that_blocks_is_named_and_counted(start: Callable[[str], Bad], short_dir: Path) -> None:

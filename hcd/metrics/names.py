@@ -172,7 +172,7 @@ FAMILIES = (
     Family(
         "hcd_handler_errors_total",
         "counter",
-        "Exceptions that escaped the device's handlers.",
+        "Mistakes of the device: exceptions that escaped it, requests that it did not complete in time.",
         ("device",),
         False,
     ),
