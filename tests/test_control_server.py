@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import snapshots as make
 import trio
 import trio.testing
 from faulty_devices import AsyncShout, Shout
 
 from hcd.control import server
-from hcd.control.protocol import Call, CallError
-from hcd.control.server import LINE_TIMEOUT, SNAPSHOT_BURST, SNAPSHOT_RATE, TRACE_TIMEOUT, Pace
+from hcd.control.protocol import Call, CallError, encode
+from hcd.control.server import LINE_TIMEOUT, SNAPSHOT_BURST, SNAPSHOT_RATE, SNAPSHOT_SHARE, TRACE_TIMEOUT, Pace
+from hcd.control.settings import ControlSpec, bind
+from hcd.control.snapshot import to_json
 from hcd.control.trace import LOST_PAUSE, ROOM, Feed, trace
 from hcd.device import Device
+from hcd.errors import ConfigError
 from hcd.sockets import UnixListener
 from hcd.testing import serve
 
@@ -126,7 +132,7 @@ async def test_a_trace_whose_reader_takes_nothing_is_given_up(
 
 
 async def test_snapshots_have_a_pace_that_a_person_does_not_notice(autojump_clock: trio.testing.MockClock) -> None:
-    pace = Pace(SNAPSHOT_RATE, SNAPSHOT_BURST)
+    pace = Pace(SNAPSHOT_RATE, SNAPSHOT_SHARE, SNAPSHOT_BURST)
     await trio.sleep(100)
     began = trio.current_time()
     for _ in range(SNAPSHOT_BURST):
@@ -135,6 +141,11 @@ async def test_snapshots_have_a_pace_that_a_person_does_not_notice(autojump_cloc
     for _ in range(40):
         await pace.wait()
     assert trio.current_time() - began == pytest.approx(40 / SNAPSHOT_RATE, rel=0.1)
+    pace.took(0.1)
+    await pace.wait()
+    began = trio.current_time()
+    await pace.wait()
+    assert trio.current_time() - began == pytest.approx(0.1 / SNAPSHOT_SHARE)
 
 
 # -- the feed
@@ -161,6 +172,61 @@ async def test_a_feed_admits_so_many_a_second(autojump_clock: trio.testing.MockC
     assert trio.current_time() - began <= LOST_PAUSE + 0.1
     now += 0.55
     assert sum(feed.admits() for _ in range(100)) == 5
+
+
+def test_a_large_snapshot_is_written_down_without_copies_of_it() -> None:
+    """What goes over the socket is what the shape says."""
+    whole = make.snapshot(*(make.device(f"d{number}") for number in range(3)))
+    assert json.loads(encode({"result": whole}))["result"] == json.loads(json.dumps(to_json(whole)))
+
+
+# -- who may connect
+
+
+@pytest.mark.parametrize(
+    ("spec", "mode"),
+    [(ControlSpec("x"), 0o660), (ControlSpec("x", mode=0o600), 0o600), (ControlSpec("x", mode=0o666), 0o666)],
+)
+def test_the_socket_has_the_permissions_of_the_configuration(spec: ControlSpec, mode: int, short_dir: Path) -> None:
+    made = bind(spec, str(short_dir / "control.sock"))
+    status = Path(made.path).stat()
+    made.close()
+    assert (status.st_mode & 0o777, status.st_gid) == (mode, os.getegid())
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give groups away")
+def test_the_group_of_a_directory_is_not_let_in_by_accident(short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/run/hcd is set-group-id for QEMU's group, and the units may not change groups."""
+    os.chown(short_dir, -1, 12345)
+    short_dir.chmod(0o2755)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "chown", refuse)
+        made = bind(ControlSpec(), str(short_dir / "control.sock"))
+    status = Path(made.path).stat()
+    made.close()
+    assert (status.st_mode & 0o777, status.st_gid) == (0o600, 12345)
+    made = bind(ControlSpec(), str(short_dir / "control.sock"))
+    status = Path(made.path).stat()
+    made.close()
+    assert (status.st_mode & 0o777, status.st_gid) == (0o660, os.getegid())
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        (ControlSpec("x", owner="no-such-account"), '[control] owner: there is no account "no-such-account"'),
+        (ControlSpec("x", group="no-such-group"), '[control] group: there is no group "no-such-group"'),
+    ],
+)
+def test_accounts_that_are_not_there_are_named(spec: ControlSpec, said: str, short_dir: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        bind(spec, str(short_dir / "control.sock"))
+    assert str(caught.value) == said
+    assert list(short_dir.iterdir()) == [], "nothing stays behind"
 
 
 # -- off means off

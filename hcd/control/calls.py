@@ -13,7 +13,7 @@ import trio
 
 from hcd.control.collect import collect_devices
 from hcd.control.protocol import Call, CallError
-from hcd.control.snapshot import LastReload, Snapshot, to_json
+from hcd.control.snapshot import LastReload, Snapshot
 from hcd.control.trace import DEFAULT_RATE, MAX_RATE, Feed, trace
 from hcd.errors import DeviceError
 from hcd.host import DeviceHost, HostBase
@@ -69,28 +69,25 @@ class Calls:
             "resize": self._resize,
         }
 
-    async def answer(self, call: Call) -> dict[str, Any]:
-        """The result. CallError when there is none."""
-        result: dict[str, Any] = await self._commands[call.name](**call.arguments)
-        return result
+    async def answer(self, call: Call) -> Any:
+        """The result, for :func:`hcd.control.protocol.encode`. CallError when there is none."""
+        return await self._commands[call.name](**call.arguments)
 
     # -- the snapshot
 
-    async def _snapshot(self) -> dict[str, Any]:
+    async def _snapshot(self) -> Snapshot:
         answers = await self._probe.answers()
         supervisor = self._supervisor
-        return to_json(
-            Snapshot(
-                hcd=VERSION,
-                pid=os.getpid(),
-                now=time.time(),
-                started=self._started,
-                config=self._config,
-                answers=answers,
-                reload=self._last_reload(),
-                unserved=self._unserved(),
-                devices=collect_devices(supervisor.hosts, supervisor.registry),
-            )
+        return Snapshot(
+            hcd=VERSION,
+            pid=os.getpid(),
+            now=time.time(),
+            started=self._started,
+            config=self._config,
+            answers=answers,
+            reload=self._last_reload(),
+            unserved=self._unserved(),
+            devices=collect_devices(supervisor.hosts, supervisor.registry),
         )
 
     def _last_reload(self) -> LastReload | None:

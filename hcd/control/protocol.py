@@ -99,8 +99,13 @@ class Lines:
 
 
 def encode(message: Mapping[str, Any]) -> bytes:
-    """One line. ASCII alone, so that what a guest chose (a name) steers no terminal."""
-    return json.dumps(message, separators=(",", ":")).encode("ascii") + b"\n"
+    """One line. ASCII alone, so that what a guest chose (a name) steers no terminal. Dataclasses become objects."""
+    return json.dumps(message, separators=(",", ":"), default=_fields).encode("ascii") + b"\n"
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """Of a dataclass with slots; its values are not copied, as dataclasses.asdict() would."""
+    return {name: getattr(value, name) for name in type(value).__slots__}
 
 
 def parse_call(line: bytes) -> Call:

@@ -3,9 +3,9 @@
 Theory of operation. Whoever may connect may look; only root, the daemon's own account and the owner of the socket may
 change something, or trace, which costs the traced device time. The kernel says who it is (SO_PEERCRED). A client is not
 trusted to be sane: a line has a limit of size and of time, an answer one of time, connections one of number, for each
-user apart, so that none can lock the administrator out. Snapshots have a pace: making one takes the interpreter's lock
-from the thread that serves the rings. Calls of one connection are carried out in their order, one at a time; what
-has begun is carried out even if the client hangs up.
+user apart, so that none can lock the administrator out. Snapshots have a pace, the slower the more there is to tell:
+making one takes the interpreter's lock from the thread that serves the rings. Calls of one connection are carried out
+in their order, one at a time; what has begun is carried out even if the client hangs up.
 """
 
 from __future__ import annotations
@@ -40,30 +40,36 @@ SEND_TIMEOUT = 10.0
 TRACE_TIMEOUT = 60.0
 #: how often (seconds) a trace without lines looks whether its reader is still there
 HANGUP_PAUSE = 1.0
-#: a second has so many snapshots at most, and a quiet time saves up so many
+#: a second has so many snapshots at most, and making them takes such a part of it; a quiet time saves up so many
 SNAPSHOT_RATE = 20.0
-SNAPSHOT_BURST = 10
+SNAPSHOT_SHARE = 0.05
+SNAPSHOT_BURST = 5
 
 _log = logging.getLogger("hcd.control")
 _rare_log = RateLimited(_log)
 
-Answer = Callable[[Call], Awaitable[dict[str, Any]]]
+Answer = Callable[[Call], Awaitable[Any]]
 Trace = Callable[[Call], AbstractAsyncContextManager[Feed]]
 
 
 class Pace:
-    """Lets ``rate`` a second through, and ``burst`` at once after a pause."""
+    """Lets ``rate`` a second through, fewer where each takes long, and ``burst`` at once after a pause."""
 
-    def __init__(self, rate: float, burst: int) -> None:
-        self._gap = 1 / rate
-        self._credit = burst * self._gap
+    def __init__(self, rate: float, share: float, burst: int) -> None:
+        self._least = self._gap = 1 / rate
+        self._share = share
+        self._burst = burst
         self._next = 0.0
 
     async def wait(self) -> None:
         """A checkpoint."""
         now = trio.current_time()
-        self._next = max(self._next, now - self._credit) + self._gap
+        self._next = max(self._next, now - self._burst * self._gap) + self._gap
         await trio.sleep(max(0.0, self._next - now))
+
+    def took(self, seconds: float) -> None:
+        """What came last took so long."""
+        self._gap = max(self._least, seconds / self._share)
 
 
 async def serve(listener: socket.socket, answer: Answer, trace: Trace) -> None:
@@ -76,7 +82,7 @@ class _Server:
     def __init__(self, listener: socket.socket, answer: Answer, trace: Trace) -> None:
         self.answer = answer
         self.trace = trace
-        self.pace = Pace(SNAPSHOT_RATE, SNAPSHOT_BURST)
+        self.pace = Pace(SNAPSHOT_RATE, SNAPSHOT_SHARE, SNAPSHOT_BURST)
         self.privileged = {0, os.geteuid(), _owner(listener)}
         self._open: Counter[int] = Counter()  # connections by user
 
@@ -126,7 +132,7 @@ class _Connection:
         self._lines = Lines(MAX_CALL)
 
     async def run(self) -> None:
-        await self._send({"hcd": HCD_VERSION, "protocol": VERSION})
+        await self._send(encode({"hcd": HCD_VERSION, "protocol": VERSION}))
         try:
             while (line := await self._next_line()) is not None:
                 await self._handle(line)
@@ -135,7 +141,7 @@ class _Connection:
 
     async def refuse(self, error: CallError) -> None:
         """The last words. Whoever closes with something unread takes them away again, so that is read first."""
-        await self._send(_error(error))
+        await self._send(encode(_error(error)))
         await self._stream.send_eof()
         with trio.move_on_after(1.0):
             while await self._stream.receive_some(65536):
@@ -161,15 +167,25 @@ class _Connection:
             if call.name == "trace":
                 await self._trace(call, ident)
                 return
-            if call.name == "snapshot":
-                await self._server.pace.wait()
-            answer = {"result": await self._server.answer(call)}
+            line = await self._answer(call, ident)
         except CallError as error:
-            answer = _error(error)
+            line = encode({**_error(error), **ident})
         except Exception as error:
             _log.exception("a call on the control socket failed")
-            answer = _error(CallError("failed", f"a defect of hcd: {type(error).__name__}: {error}"))
-        await self._send({**answer, **ident})
+            failure = CallError("failed", f"a defect of hcd: {type(error).__name__}: {error}")
+            line = encode({**_error(failure), **ident})
+        await self._send(line)
+
+    async def _answer(self, call: Call, ident: dict[str, Any]) -> bytes:
+        if call.name != "snapshot":
+            return encode({"result": await self._server.answer(call), **ident})
+        await self._server.pace.wait()
+        result = await self._server.answer(call)
+        began = trio.current_time()
+        line = encode({"result": result, **ident})
+        # to write it down takes about as long as to collect it, and collecting waits for others in between
+        self._server.pace.took(2 * (trio.current_time() - began))
+        return line
 
     def _permit(self, call: Call) -> None:
         if call.name not in PRIVILEGED:
@@ -182,9 +198,9 @@ class _Connection:
         shown = " ".join(f"{key}={value}" for key, value in call.arguments.items())
         _log.info("%s asked for by user id %d (pid %d)", f"{call.name} {shown}".strip(), self._uid, self._pid)
 
-    async def _send(self, message: dict[str, Any]) -> None:
+    async def _send(self, line: bytes) -> None:
         with trio.fail_after(SEND_TIMEOUT):
-            await self._stream.send_all(encode(message))
+            await self._stream.send_all(line)
 
     # -- a trace
 
