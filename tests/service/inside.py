@@ -298,6 +298,18 @@ def crash() -> Result:
 
 
 @step
+def log() -> Result:
+    """Entries of one device, by its field in the journal."""
+    command = ["journalctl", "--unit=hcd.service", "HCD_DEVICE=disk0", "--output=json", "--no-pager"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    entries = [json.loads(line) for line in done.stdout.splitlines()]
+    return {
+        "messages": [entry["MESSAGE"] for entry in entries],
+        "priorities": sorted({entry["PRIORITY"] for entry in entries}),
+    }
+
+
+@step
 def activation() -> Result:
     """hcd@disk1 is started by the first connection to its socket."""
     make_image("disk1")

@@ -128,6 +128,13 @@ def test_a_front_end_does_not_notice_a_crash(steps: Steps) -> None:
     assert (steps["crash"]["served"], steps["crash"]["error"]) == (True, "")
 
 
+def test_the_journal_knows_the_device_of_each_entry(steps: Steps) -> None:
+    entries = steps["log"]
+    assert sum("went on with the front end" in message for message in entries["messages"]) == 2
+    assert all(message.startswith("disk0: ") for message in entries["messages"])
+    assert "6" in entries["priorities"]
+
+
 def test_a_connection_activates_an_instance(steps: Steps) -> None:
     activated = steps["activation"]
     assert activated["before"] == "inactive"
