@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import random
+import re
+import struct
 from collections.abc import Iterator
 
 import pytest
 from crash import Rig, abandon, answer, expect_all_served, number
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from hcd.dataplane.virtqueue import Request, Virtqueue
+from hcd.errors import GuestError, ProtocolError
 from hcd.frontend.errors import RingFull
 
 
@@ -128,6 +131,116 @@ def test_a_ring_smaller_than_the_record(rig: Rig) -> None:
     abandon(queue, requests)
     expect_all_served(small, taken)
     small.close()
+
+
+# -- records that somebody else wrote
+
+SPLIT_FIELDS = {"version": 8, "desc_num": 10, "last_batch_head": 12, "used_idx": 14}
+PACKED_FIELDS = {"version": 8, "desc_num": 10, "free_head": 12, "old_free_head": 14, "used_idx": 16, "old_used_idx": 18}
+
+
+def with_four_in_flight(packed: bool) -> Rig:
+    rig = Rig(packed=packed, size=8)
+    queue = rig.open(resume=False)
+    for pieces in (1, 2, 1, 2, 1):
+        rig.add(pieces)
+    requests = queue.pop_many(5)
+    requests[1].complete()
+    queue.flush()
+    abandon(queue, requests)
+    return rig
+
+
+@pytest.mark.parametrize(
+    ("packed", "field", "value", "why"),
+    [
+        (False, "version", 2, "has version 2"),
+        (False, "desc_num", 16, "is for 16 entries"),
+        (False, "used_idx", 0x8000, "ends at used index 32768, the ring of 8 at 1"),
+        (True, "version", 0xFFFF, "has version 65535"),
+        (True, "desc_num", 0, "is for 0 entries"),
+        (True, "used_idx", 8, "slot 8"),
+        (True, "old_used_idx", 0xFFFF, "65535 of a ring of 8"),
+        (True, "old_used_idx", 7, "moves from slot 7 to 2"),
+    ],
+)
+def test_a_record_that_contradicts_itself_is_refused(packed: bool, field: str, value: int, why: str) -> None:
+    """It is the front end's fault, and the message says what is wrong."""
+    rig = with_four_in_flight(packed)
+    offset = (PACKED_FIELDS if packed else SPLIT_FIELDS)[field]
+    os.pwrite(rig.area.fd, struct.pack("<H", value), offset)
+    with pytest.raises(ProtocolError, match=re.escape(why)):
+        rig.open()
+    rig.close()
+
+
+def test_a_batch_that_names_a_descriptor_outside_is_refused() -> None:
+    """The list of completions is followed only as far as it is sound."""
+    rig = with_four_in_flight(packed=False)
+    os.pwrite(rig.area.fd, struct.pack("<HH", 0xFFFF, 0), 12)
+    with pytest.raises(ProtocolError, match="names descriptor 65535 as completed"):
+        rig.open()
+    rig.close()
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "why"),
+    [
+        (4, 0xFFFF, "a chain that ends at entry"),
+        (6, 0, "a chain of 0 descriptors"),
+        (6, 9, "a chain of 9 descriptors"),
+        (6, 8, "has a chain through entry"),
+    ],
+)
+def test_a_chain_that_is_none_is_refused(at: int, value: int, why: str) -> None:
+    """``last`` and ``num`` of the first entry in flight."""
+    rig = with_four_in_flight(packed=True)
+    os.pwrite(rig.area.fd, struct.pack("<H", value), 32 + at)
+    with pytest.raises(ProtocolError, match=why):
+        rig.open()
+    rig.close()
+
+
+def test_a_free_list_that_loops_is_refused() -> None:
+    rig = with_four_in_flight(packed=True)
+    free = struct.unpack("<H", os.pread(rig.area.fd, 2, 12))[0]
+    os.pwrite(rig.area.fd, struct.pack("<H", free), 32 + 32 * free + 2)
+    with pytest.raises(ProtocolError, match="free list that loops"):
+        rig.open()
+    rig.close()
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    packed=st.booleans(),
+    scribbles=st.lists(st.tuples(st.integers(0, 320), st.sampled_from([0, 1, 2, 7, 8, 0x80, 0xFF])), max_size=12),
+    noise=st.binary(max_size=24),
+    at=st.integers(0, 300),
+)
+def test_any_record_is_refused_or_harmless(
+    packed: bool, scribbles: list[tuple[int, int]], noise: bytes, at: int
+) -> None:
+    """Whatever stands there: an error that says whose fault it is, or requests that end. Nothing outside is touched."""
+    rig = with_four_in_flight(packed)
+    for offset, value in scribbles:
+        os.pwrite(rig.area.fd, bytes([value]), min(offset, rig.area.size - 1))
+    os.pwrite(rig.area.fd, noise[: rig.area.size - at], at)
+    try:
+        queue = rig.open()
+    except ProtocolError:
+        rig.close()
+        return
+    try:
+        for _ in range(3):
+            requests = queue.pop_many(3 * rig.size)
+            assert len(requests) <= rig.size
+            for request in reversed(requests):
+                request.complete(0)
+            queue.flush()
+    except GuestError:
+        assert queue.broken
+    queue.stop()
+    rig.close()
 
 
 # -- the state of the driver and of the device in any order, and a crash between any two calls

@@ -166,6 +166,29 @@ def test_the_region_may_come_after_the_rings(short_dir: Path, start_hcd: Start) 
         frontend.wait_hangup()
 
 
+def test_the_front_end_truncates_the_region(short_dir: Path, start_hcd: Start) -> None:
+    """Each store of the daemon past the new end is a SIGBUS. The session ends, the process serves the next one."""
+    (short_dir / "disk.img").write_bytes(bytes(BLOCK * BLOCKS))
+    hcd = start_hcd(DISK)
+    with open_without_rings(short_dir / "disk.sock") as frontend:
+        frontend.request_inflight(1, 128)
+        assert frontend.inflight is not None
+        fd = os.memfd_create("unsealed", os.MFD_CLOEXEC)
+        os.ftruncate(fd, frontend.inflight.mmap_size)
+        os.close(frontend.inflight.fd)
+        frontend.inflight = frontend.inflight._replace(fd=fd)
+        frontend.hand_over_inflight()
+        queue = frontend.start_queue(0, 128)
+        driver = BlockDriver(frontend.memory, queue)
+        driver.write(0, stamp(0, 1))
+        os.ftruncate(fd, 0)
+        driver.submit(BlockRequest(RequestType.OUT, 0, stamp(0, 2)))
+        frontend.wait_hangup()
+    assert "truncated the memory" in hcd.log_text
+    with Frontend.open(short_dir / "disk.sock", inflight=True) as frontend:
+        BlockDriver(frontend.memory, frontend.queues[0]).write(0, bytes(512))
+
+
 @pytest.mark.parametrize(
     ("size", "offset", "queues", "entries", "why"),
     [
