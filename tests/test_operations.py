@@ -134,6 +134,11 @@ def test_every_link_within_the_manual_leads_somewhere() -> None:
     assert links <= headings
 
 
+def test_the_contents_name_every_section_in_order() -> None:
+    listed = re.findall(r"^- \[(.+)\]\(#", MANUAL, flags=re.M)
+    assert listed == re.findall(r"^## (.+)$", MANUAL, flags=re.M)
+
+
 def test_every_file_that_is_named_is_there() -> None:
     named = set(re.findall(r"`((?:drop-ins|monitoring)/[\w./-]+|[\w-]+\.conf)`", MANUAL))
     assert named
