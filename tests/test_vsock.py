@@ -100,6 +100,18 @@ def from_host(driver: VsockDriver, path: str) -> tuple[socket.socket, int]:
     return sock, header.src_port
 
 
+def fill(driver: VsockDriver) -> int:
+    """Send until neither the host's socket nor hcd takes more; returns how many bytes that were."""
+    sent, forwarded = 0, 0
+    while sent - forwarded < 8192:
+        driver.send(Op.RW, GUEST, PORT, b"a" * 4096)
+        sent += 4096
+        with contextlib.suppress(BackendError):
+            if sent - forwarded == 8192:
+                forwarded = driver.expect(Op.CREDIT_UPDATE, timeout=0.2)[0].fwd_cnt
+    return sent
+
+
 def counted(served: ServedDevice, name: str, **labels: str) -> float:
     return served.metrics().total(f"hcd_device_vsock_{name}", **labels)
 
@@ -401,13 +413,7 @@ def test_what_a_guest_said_before_it_went_arrives(
     """Its port is free at once; the host reads the rest when it likes."""
     listener = listen()
     with from_guest(driver, listener) as host:
-        sent, forwarded = 0, 0
-        while sent - forwarded < 8192:
-            driver.send(Op.RW, GUEST, PORT, b"a" * 4096)
-            sent += 4096
-            with contextlib.suppress(BackendError):
-                if sent - forwarded == 8192:
-                    forwarded = driver.expect(Op.CREDIT_UPDATE, timeout=0.2)[0].fwd_cnt
+        sent = fill(driver)
         driver.send(Op.SHUTDOWN, GUEST, PORT, flags=BOTH)
         driver.expect(Op.RST)
         assert counted(served, "connections") == 0
@@ -604,6 +610,23 @@ def test_a_front_end_that_goes_ends_connections(
         sock.close()
     served.wait_disconnected()
     assert counted(served, "connections") == 0
+
+
+def test_what_a_guest_said_before_its_front_end_went_arrives(
+    served: ServedDevice, listen: Callable[..., socket.socket]
+) -> None:
+    """A machine that is switched off after its programs have said what they had to say."""
+    with served.driver() as front:
+        driver = VsockDriver(front)
+        host = from_guest(driver, listen())
+        sent = fill(driver)
+    served.wait_disconnected()
+    assert counted(served, "connections") == 0
+    with host:
+        got = b""
+        while part := host.recv(65536):
+            got += part
+        assert got == b"a" * sent
 
 
 @pytest.mark.parametrize("packed", [False, True])

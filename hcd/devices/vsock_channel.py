@@ -96,11 +96,15 @@ class Channel:
             self._events = events
             self._poller.change(self._socket.fileno(), events)
 
-    def end(self) -> None:
-        """The guest has it no more, and what it sent does not matter."""
+    def leave(self) -> None:
+        """The guest has it no more. What it sent goes on to the host."""
         self.connection.state = State.GONE
-        self._buffer.clear()
         self.settle()
+
+    def end(self) -> None:
+        """It is over for both sides, now."""
+        self._buffer.clear()
+        self.leave()
 
     # -- to the guest
 

@@ -92,7 +92,7 @@ class Table:
     def reset(self) -> None:
         """The guest has no connections any more."""
         for channel in [*self._channels.values()]:
-            channel.end()
+            channel.leave()
             self._review(channel)
         for greeting in [*self._greetings]:
             self._dismiss(greeting)
@@ -193,7 +193,7 @@ class Table:
             self._refuse(header)
         elif header.op == Op.REQUEST:
             if channel is not None:  # it knows nothing of that one: a guest that was restarted
-                channel.end()
+                channel.leave()
                 self._review(channel)
             self._accept(header)
         elif channel is None:
