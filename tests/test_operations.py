@@ -189,14 +189,14 @@ def test_the_examples_of_the_manual_are_what_the_code_prints() -> None:
 
 
 def test_every_key_of_a_snapshot_is_in_the_manual() -> None:
-    section = MANUAL[MANUAL.index("### For programs") : MANUAL.index("## Upgrade")]
+    section = MANUAL[MANUAL.index("### For programs") : MANUAL.index("## Restart and upgrade")]
     kinds = (Snapshot, LastReload, DeviceState, Errors, PeerState, QueueState, DoorbellState, Times)
     keys = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     assert keys <= set(re.findall(r"`(\w+)`", section))
 
 
 def test_every_call_of_the_protocol_is_in_the_manual() -> None:
-    section = MANUAL[MANUAL.index("### For programs") : MANUAL.index("## Upgrade")]
+    section = MANUAL[MANUAL.index("### For programs") : MANUAL.index("## Restart and upgrade")]
     for call, arguments in CALLS.items():
         (row,) = re.findall(rf"^\| `{call}` \|(.*?)\|", section, flags=re.M)
         assert re.findall(r"`(\w+)`", row) == [key.strip("()") for key in arguments]
