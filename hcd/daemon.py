@@ -229,6 +229,7 @@ def _bind_control(stack: AsyncExitStack, config: DaemonConfig) -> socket.socket 
         _log.warning("no control socket: %s; [control] path chooses another place", exc)
         return None
     stack.callback(made.close)
+    _log.info("control socket at %s", path)
     return made.socket
 
 

@@ -276,6 +276,7 @@ def test_without_a_path_the_usual_places_are_tried(short_dir: Path, monkeypatch:
     """Instances are looked for, too."""
     monkeypatch.setattr(settings, "SYSTEM_DIRECTORY", str(short_dir))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(short_dir / "user"))
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(NoDaemonError) as caught:
         connect(None)
     lines = str(caught.value).splitlines()
@@ -297,7 +298,7 @@ def test_without_a_path_the_usual_places_are_tried(short_dir: Path, monkeypatch:
         ({"HCD_CONTROL": "", "RUNTIME_DIRECTORY": "/run/hcd/disk0"}, ""),
         ({"RUNTIME_DIRECTORY": "/run/hcd/disk0:/run/more"}, "/run/hcd/disk0/control.sock"),
         ({"XDG_RUNTIME_DIR": "/run/user/7"}, "/run/user/7/hcd/control.sock"),
-        ({}, ""),
+        ({}, "/tmp/hcd-1000/control.sock"),
     ],
 )
 def test_the_default_place_fits_who_runs_it(

@@ -16,7 +16,7 @@ import trio
 import trio.testing
 from faulty_devices import AsyncShout, Shout
 
-from hcd.control import server
+from hcd.control import server, settings
 from hcd.control.protocol import Call, CallError, encode
 from hcd.control.server import LINE_TIMEOUT, SNAPSHOT_BURST, SNAPSHOT_RATE, SNAPSHOT_SHARE, TRACE_TIMEOUT, Pace
 from hcd.control.settings import ControlSpec, bind
@@ -213,6 +213,21 @@ def test_the_group_of_a_directory_is_not_let_in_by_accident(short_dir: Path, mon
     status = Path(made.path).stat()
     made.close()
     assert (status.st_mode & 0o777, status.st_gid) == (0o660, os.getegid())
+
+
+def test_a_directory_in_tmp_that_somebody_else_made_is_not_used(
+    short_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "TEMPORARY", str(short_dir))
+    path = short_dir / "hcd-1000" / "control.sock"
+    bind(ControlSpec(), str(path)).close()
+    path.parent.chmod(0o777)
+    with pytest.raises(ConfigError, match="belongs to somebody else"):
+        bind(ControlSpec(), str(path))
+    path.parent.rmdir()
+    path.parent.symlink_to("/tmp")
+    with pytest.raises(ConfigError, match="belongs to somebody else"):
+        bind(ControlSpec(), str(path))
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def _advice(given: str | None) -> Iterator[str]:
         yield f"instances of hcd@.service are here: {listed}"
     yield (
         'start one with "systemctl start hcd" or "hcd run FILE", or point to one with --control=PATH '
-        f"or {settings.VARIABLE} (its [control] path)"
+        f"or {settings.VARIABLE}: its [control] path, or what hcd device was given as --control"
     )
 
 

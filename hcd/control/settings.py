@@ -9,7 +9,8 @@
     group = "adm"                   # absent: the group of the daemon
 
 The default place is the first of these that applies: $HCD_CONTROL; the runtime directory that systemd gave the
-service; /run/hcd, if it can be written to (root makes it); the directory hcd in $XDG_RUNTIME_DIR.
+service; /run/hcd, if it can be written to (root makes it); the directory hcd in $XDG_RUNTIME_DIR; a directory of the
+user's own in /tmp.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import os
 import pwd
 import re
 import socket
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -33,6 +35,7 @@ FILE = "control.sock"
 SYSTEM_DIRECTORY = "/run/hcd"
 #: where systemd/drop-ins/control.conf puts it
 DROP_IN_DIRECTORY = "/run/hcd-control"
+TEMPORARY = "/tmp"
 #: names the socket, for daemons without one in their configuration and for clients; "" is none
 VARIABLE = "HCD_CONTROL"
 
@@ -60,26 +63,26 @@ def parse_mode(text: str) -> int:
 
 
 def default_path(environment: Environment = os.environ) -> str:
-    """Where a daemon that was not told listens; "" when there is no place."""
+    """Where a daemon that was not told listens; "" for nowhere."""
     if VARIABLE in environment:
         return environment[VARIABLE]
     if given := environment.get("RUNTIME_DIRECTORY", "").partition(":")[0]:
         return f"{given}/{FILE}"
     if os.geteuid() == 0 or os.access(SYSTEM_DIRECTORY, os.W_OK | os.X_OK):
         return f"{SYSTEM_DIRECTORY}/{FILE}"
-    if home := environment.get("XDG_RUNTIME_DIR"):
-        return f"{home}/hcd/{FILE}"
-    return ""
+    return _of_user(environment)
+
+
+def _of_user(environment: Environment) -> str:
+    home = environment.get("XDG_RUNTIME_DIR")
+    return f"{home}/hcd/{FILE}" if home else f"{TEMPORARY}/hcd-{os.geteuid()}/{FILE}"
 
 
 def bind(spec: ControlSpec, path: str) -> UnixListener:
     """Listen at ``path`` with the permissions of ``spec``. ConfigError when that cannot be."""
     owner, group = _account(spec.owner), _group(spec.group)
     if spec.path is None:
-        try:
-            os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
-        except OSError as exc:
-            raise ConfigError(f"[control]: cannot make the directory of {path}: {exc.strerror}") from exc
+        _make_directory(os.path.dirname(path))
 
     def permit(made: str) -> None:
         if owner is not None or group is not None:
@@ -93,6 +96,18 @@ def bind(spec: ControlSpec, path: str) -> UnixListener:
         return UnixListener(path, socket.SOCK_STREAM, permit)
     except ConfigError as exc:
         raise ConfigError(f"[control] path: {exc}") from exc
+
+
+def _make_directory(path: str) -> None:
+    """ConfigError also where somebody else made it, who could put another socket into it: /tmp is everybody's."""
+    try:
+        os.makedirs(path, mode=0o755, exist_ok=True)
+        found = os.lstat(path)
+    except OSError as exc:
+        raise ConfigError(f"[control]: cannot make the directory {path}: {exc.strerror}") from exc
+    ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o002
+    if os.path.dirname(path) == TEMPORARY and not ours:
+        raise ConfigError(f"[control]: {path} belongs to somebody else")
 
 
 def _belongs_to_our_group(path: str) -> bool:
@@ -132,8 +147,8 @@ def candidates(given: str | None, environment: Environment = os.environ) -> list
     places = [f"{SYSTEM_DIRECTORY}/{FILE}"]
     if os.path.isdir(DROP_IN_DIRECTORY):
         places.append(f"{DROP_IN_DIRECTORY}/{FILE}")
-    if home := environment.get("XDG_RUNTIME_DIR"):
-        places.append(f"{home}/hcd/{FILE}")
+    if os.geteuid() != 0:
+        places.append(_of_user(environment))
     return places
 
 

@@ -176,7 +176,7 @@ class _Session:
 
     @property
     def can_notify(self) -> bool:
-        return self._back_channel is not None
+        return self._back_channel is not None and bool(self.protocol_features & ProtocolFeature.CONFIG)
 
     def rings(self) -> Sequence[RingState]:
         return [] if self._backend is None else self._backend.rings()
