@@ -1,4 +1,4 @@
-# make demo | bench | test | test-all | nested | service | fuzz | sanitize | check | build | install | clean
+# make demo | bench | test | test-all | nested | kills | service | fuzz | sanitize | check | build | install | clean
 # Every target sets up what it needs first (tools/setup); nothing is done twice.
 
 PYTHON := .venv/bin/python
@@ -9,7 +9,7 @@ FUZZ_ARGS ?=
 SANITIZE_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test test-fast test-all nested service fuzz sanitize check lint build install setup clean
+.PHONY: help demo bench test test-fast test-all nested kills service fuzz sanitize check lint build install setup clean
 
 help:
 	@echo 'make demo      real guests on hcd: PIO and MMIO, then a table of what every path cost'
@@ -17,6 +17,7 @@ help:
 	@echo 'make test      the fast tests, then one guest per path'
 	@echo 'make test-all  the same, and the long ones'
 	@echo 'make nested    hypercall doorbells on a stock kernel with emulated SVM (part of make test too)'
+	@echo 'make kills     kill -9 of hcd, twenty times, under a guest that writes (two times in make test)'
 	@echo 'make service   the systemd units in a Debian guest with systemd (part of make test too)'
 	@echo 'make fuzz      codec, rings and devices under random input, a minute each (FUZZ_ARGS=--help has more)'
 	@echo 'make sanitize  the same and the data plane tests, with the compiled part under ASan and UBSan'
@@ -46,6 +47,9 @@ test: setup
 
 test-all: setup
 	$(PYTEST) $(PYTEST_ARGS)
+
+kills: setup
+	HCD_KILLS=20 $(PYTEST) -s tests/guests/test_restart.py $(PYTEST_ARGS)
 
 nested: setup
 	$(PYTEST) tests/nested $(PYTEST_ARGS)

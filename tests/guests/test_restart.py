@@ -1,6 +1,6 @@
 """``kill -9`` of the daemon under a guest that writes at depth 32: QEMU reconnects, the guest notices a pause.
 
-Two kills for each kind of ring, or $HCD_KILLS of them: ``HCD_KILLS=20 pytest tests/guests/test_restart.py``.
+Two kills for each kind of ring, or $HCD_KILLS of them: ``make kills`` is twenty.
 """
 
 from __future__ import annotations
