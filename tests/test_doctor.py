@@ -263,6 +263,21 @@ def test_memory_that_is_not_shared_is_found_in_a_running_qemu(
 
 
 @pytest.mark.guest
+def test_a_qemu_without_qmp_is_found_by_its_socket(
+    ask: Ask, short_dir: Path, start_hcd: Callable[..., HcdProcess], need: Callable[..., None]
+) -> None:
+    """What it was started with says that its memory is not shared."""
+    need("qemu-system-x86_64")
+    start_hcd(DEVICES)
+    private = [word.replace("share=on", "share=off") for word in SHARED]
+    with qemu(short_dir, *private, *rng_on("rng0.sock")):
+        (short_dir / "qmp.sock").unlink()
+        found = ask("--config", short_dir / "hcd.toml", short_dir / "rng0.sock")[1]
+        assert "has no share=on" in found["memory-not-shared"].evidence
+        assert "memory-not-shared" not in ask("--config", short_dir / "hcd.toml", short_dir / "disk0.sock")[1]
+
+
+@pytest.mark.guest
 def test_a_chardev_that_leads_elsewhere_is_found(
     ask: Ask, short_dir: Path, start_hcd: Callable[..., HcdProcess], need: Callable[..., None]
 ) -> None:

@@ -55,6 +55,7 @@ class _Visit:
         self.findings: list[Finding] = []
         self.looked_at: list[str] = []
         self.loaded = configuration.Loaded(file or DEFAULT_CONFIG)
+        self._lines_read: set[int] = set()
         self._guests: dict[str, Account] = {}  # accounts of QEMUs that were asked, by path of the device's socket
         if file is not None or os.path.exists(DEFAULT_CONFIG):
             self._saw(self.loaded.file)
@@ -124,9 +125,10 @@ class _Visit:
             if chardev.driver:
                 self.findings += labels.check_apparmor(found.pid, chardev.path)
         if (line := command_line.of_process(found.pid)) is not None:
+            self._lines_read.add(found.pid)
             self._check_line(line, found.version)
 
-    def _check_line(self, line: command_line.CommandLine, version: Version) -> None:
+    def _check_line(self, line: command_line.CommandLine, version: Version | None) -> None:
         """What QMP has found already is not said twice."""
         sockets = {path: name for path, (name, _) in self.devices.items()}
         said = {finding.check for finding in self.findings}
@@ -144,6 +146,10 @@ class _Visit:
             self.findings.append(command_line.mismatch("", path, known))
         guest = self._guests.get(os.path.realpath(path))
         accounts = [guest] if guest is not None else device_socket.qemu_accounts()
+        for pid, program, line in command_line.qemus_at(path):
+            if pid not in self._lines_read:
+                self._saw(f"the command line of QEMU (pid {pid})")
+                self._check_line(line, _version_of(program))
         found = device_socket.probe(path) if device is None or isinstance(device, Device) else None
         self.findings += device_socket.check(name or "the socket", path, accounts, found)
         if found is None or not found.pid:
@@ -162,3 +168,10 @@ class _Visit:
         self.findings += host.check_kvm()
         if self.loaded.config is not None and self.loaded.config.metrics is not None:
             self.findings += check_version(self.loaded.config.metrics)
+
+
+def _version_of(program: str) -> Version | None:
+    try:
+        return version_of(program)
+    except ConfigError:  # it was replaced or removed since; what does not depend on the version is still seen
+        return None

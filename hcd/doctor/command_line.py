@@ -16,8 +16,9 @@ from pathlib import Path
 from hcd.doctor.findings import Finding, error, note, warning
 from hcd.qemu.devices import GENERIC, TABLE, FrontEnd, Version
 from hcd.qemu.version import MILLISECONDS, reconnect
+from hcd.qmp import is_at
 
-__all__ = ["CommandLine", "Option", "check", "front_of", "mismatch", "of_process", "parse"]
+__all__ = ["CommandLine", "Option", "check", "front_of", "mismatch", "of_process", "parse", "qemus_at"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,10 @@ class CommandLine:
 
     def path_of(self, chardev: Option) -> str:
         return os.path.join(self.directory, chardev.values.get("path", ""))
+
+    def leads_to(self, chardev: Option, path: str) -> bool:
+        """Whether ``chardev`` connects to ``path``; QEMU may have left the directory in which it was started."""
+        return is_at({"type": "unix", "path": chardev.values.get("path", "")}, path, self.directory)
 
 
 def parse(words: Sequence[str], directory: str = "") -> CommandLine:
@@ -65,6 +70,20 @@ def of_process(pid: int, proc: Path = Path("/proc")) -> CommandLine | None:
     except OSError:
         return None
     return parse([os.fsdecode(word) for word in words[1:]], directory)
+
+
+def qemus_at(path: str, proc: Path = Path("/proc")) -> Iterator[tuple[int, str, CommandLine]]:
+    """(pid, program, command line) of every QEMU that was told to connect to ``path``."""
+    for process in proc.iterdir():
+        if not process.name.isdigit():
+            continue
+        try:
+            program = os.readlink(process / "exe")
+        except OSError:
+            continue
+        line = of_process(int(process.name), proc) if os.path.basename(program).startswith("qemu") else None
+        if line and any(line.leads_to(option, path) for option in line.named("chardev")):
+            yield int(process.name), program, line
 
 
 def front_of(driver: str) -> FrontEnd | None:
@@ -149,13 +168,11 @@ def _reconnect(chardev: Option, driver: str, version: Version | None) -> Iterato
 
 
 def _path(line: CommandLine, chardev: Option, sockets: Mapping[str, str]) -> Iterator[Finding]:
-    path = line.path_of(chardev)
-    real = {os.path.realpath(known): name for known, name in sockets.items()}
     if chardev.values.get("server", "off") in ("on", "yes", "true"):
         yield error("chardev-server", f"chardev {chardev.values.get('id')}: QEMU listens there, and so does hcd",
                     todo="leave out server=on")
-    elif sockets and os.path.realpath(path) not in real:
-        yield mismatch(chardev.values.get("id", ""), path, sockets)
+    elif sockets and not any(line.leads_to(chardev, path) for path in sockets):
+        yield mismatch(chardev.values.get("id", ""), line.path_of(chardev), sockets)
 
 
 def mismatch(label: str, path: str, sockets: Mapping[str, str]) -> Finding:
