@@ -18,7 +18,7 @@ RULES = sorted((ROOT / "monitoring").glob("*.yml"))
 DASHBOARD = ROOT / "monitoring" / "dashboard.json"
 
 #: of Prometheus itself, and of prometheus_client's ProcessCollector
-FOREIGN = {"up", "process_cpu_seconds_total"}
+FOREIGN = {"up", "process_cpu_seconds_total", "process_start_time_seconds"}
 #: what a target has beside the labels of the family
 TARGET_LABELS = {"job", "instance"}
 _NAME = re.compile(r"(?<![\w:])(?:hcd|process)_[a-z0-9_]+(?![\w:])")
@@ -132,50 +132,113 @@ def test_promtool_parses_the_queries_of_the_dashboard(need: Callable[..., None],
     promtool("check", "rules", str(tmp_path / "queries.yml"))
 
 
+#: everything that an alert looks at, once as it should be (fine) and once as it should not (bad)
+SERIES = """
+  - {series: 'up{job="hcd",instance="fine"}', values: '1x40'}
+  - {series: 'up{job="hcd",instance="bad"}', values: '1 0x40'}
+  - {series: 'hcd_oldest_request_seconds{device="fine",queue="0"}', values: '0 0 20 0x40'}
+  - {series: 'hcd_oldest_request_seconds{device="bad",queue="0"}', values: '0 0 20 80 140 0x40'}
+  - {series: 'hcd_requests_total{device="bad",queue="0",op="read",status="ok"}', values: '0+90x40'}
+  - {series: 'hcd_requests_total{device="bad",queue="1",op="read",status="error"}', values: '0+10x40'}
+  - {series: 'hcd_requests_total{device="fine",queue="0",op="read",status="ok"}', values: '0+90x40'}
+  - {series: 'hcd_handler_errors_total{device="fine"}', values: '3x40'}
+  - {series: 'hcd_handler_errors_total{device="bad"}', values: '0x18 1x22'}
+  - {series: 'hcd_guest_errors_total{device="fine"}', values: '3x40'}
+  - {series: 'hcd_guest_errors_total{device="bad"}', values: '0x18 1x22'}
+  - {series: 'hcd_protocol_errors_total{device="fine"}', values: '3x40'}
+  - {series: 'hcd_protocol_errors_total{device="bad"}', values: '0x18 1x22'}
+  - {series: 'hcd_slow_steps_total{device="fine"}', values: '3x40'}
+  - {series: 'hcd_slow_steps_total{device="bad"}', values: '0x18 1x22'}
+  - {series: 'hcd_connected{device="fine",instance="h"}', values: '1x40'}
+  - {series: 'hcd_connected{device="bad",instance="h"}', values: '1 1 0x40'}
+  - {series: 'hcd_connected{device="attached",instance="h"}', values: '1x40'}
+  - {series: 'hcd_connected{device="never",instance="h"}', values: '0x40'}
+  - {series: 'hcd_path_conflicts{device="fine"}', values: '0x40'}
+  - {series: 'hcd_path_conflicts{device="bad"}', values: '1x40'}
+  - {series: 'hcd_doorbell_registered{device="attached",instance="h",queue="0",path="pio"}', values: '0x40'}
+  - {series: 'hcd_doorbell_registered{device="never",instance="h",queue="0",path="pio"}', values: '0x40'}
+  - {series: 'hcd_doorbell_registered{device="fine",instance="h",queue="0",path="pio"}', values: '1x40'}
+  - {series: 'hcd_doorbell_response_seconds_bucket{device="fine",path="pio",le="0.001"}', values: '0+50x40'}
+  - {series: 'hcd_doorbell_response_seconds_bucket{device="fine",path="pio",le="0.1"}', values: '0+50x40'}
+  - {series: 'hcd_doorbell_response_seconds_bucket{device="fine",path="pio",le="+Inf"}', values: '0+50x40'}
+  - {series: 'hcd_doorbell_response_seconds_bucket{device="bad",path="mmio",le="0.001"}', values: '0+10x40'}
+  - {series: 'hcd_doorbell_response_seconds_bucket{device="bad",path="mmio",le="0.1"}', values: '0+50x40'}
+  - {series: 'hcd_doorbell_response_seconds_bucket{device="bad",path="mmio",le="+Inf"}', values: '0+50x40'}
+  - {series: 'hcd_handovers_total{device="fine",instance="h",outcome="resumed"}', values: '1x40'}
+  - {series: 'hcd_handovers_total{device="fine",instance="h",outcome="failed"}', values: '0x40'}
+  - {series: 'hcd_handovers_total{device="bad",instance="h",outcome="failed"}', values: '1x40'}
+  - {series: 'hcd_handovers_total{device="bad",instance="old",outcome="failed"}', values: '1x40'}
+  - {series: 'process_start_time_seconds{instance="h"}', values: '900x40'}
+  - {series: 'process_start_time_seconds{instance="old"}', values: '0x40'}
+"""
+#: alert: when (minutes), and the labels with which it fires then beside its severity; none: it does not
+FIRINGS: dict[str, list[tuple[int, dict[str, str] | None]]] = {
+    "HcdDown": [(2, None), (20, {"job": "hcd", "instance": "bad"})],
+    "HcdRequestStuck": [(2, None), (4, {"device": "bad", "queue": "0"}), (6, None)],
+    "HcdRequestErrors": [(4, None), (20, {"device": "bad"})],
+    "HcdHandlerErrors": [(15, None), (20, {"device": "bad"}), (35, None)],
+    "HcdGuestErrors": [(15, None), (20, {"device": "bad"}), (35, None)],
+    "HcdProtocolErrors": [(15, None), (20, {"device": "bad"}), (35, None)],
+    "HcdSlowSteps": [(15, None), (20, {"device": "bad"}), (35, None)],
+    "HcdFrontEndLost": [(1, None), (20, {"device": "bad", "instance": "h"})],
+    "HcdPathConflict": [(4, None), (20, {"device": "bad"})],
+    "HcdDoorbellNotRegistered": [(0, None), (20, {"device": "attached", "instance": "h", "queue": "0", "path": "pio"})],
+    "HcdSlowResponse": [(9, None), (20, {"device": "bad", "path": "mmio"})],
+    "HcdHandoverFailed": [(20, {"device": "bad", "instance": "h", "outcome": "failed"}), (40, None)],
+}
 CASES = """
 rule_files: [{rules}]
 evaluation_interval: 1m
 tests:
-  - interval: 1m
-    input_series:
-      - {{series: 'hcd_oldest_request_seconds{{device="disk0",queue="0"}}', values: '0 0 20 80 140 0 0'}}
-      - {{series: 'hcd_connected{{device="disk0",instance="h"}}', values: '1x40'}}
-      - {{series: 'hcd_connected{{device="disk1",instance="h"}}', values: '1 1 0x40'}}
-      - {{series: 'hcd_connected{{device="never",instance="h"}}', values: '0x40'}}
-      - {{series: 'hcd_doorbell_registered{{device="disk0",instance="h",queue="0",path="pio"}}', values: '0x40'}}
-      - {{series: 'hcd_doorbell_registered{{device="disk1",instance="h",queue="0",path="pio"}}', values: '0x40'}}
-      - {{series: 'hcd_requests_total{{device="disk0",queue="0",op="read",status="ok"}}', values: '0+90x40'}}
-      - {{series: 'hcd_requests_total{{device="disk0",queue="1",op="read",status="error"}}', values: '0+10x40'}}
-      - {{series: 'hcd_requests_total{{device="disk1",queue="0",op="read",status="ok"}}', values: '0+90x40'}}
-      - {{series: 'hcd_doorbell_response_seconds_bucket{{device="d",path="pio",le="0.001"}}', values: '0+50x40'}}
-      - {{series: 'hcd_doorbell_response_seconds_bucket{{device="d",path="pio",le="+Inf"}}', values: '0+50x40'}}
-    promql_expr_test:
-      - expr: path:hcd_doorbell_response_seconds:p99_5m
-        eval_time: 10m
-        exp_samples: [{{labels: 'path:hcd_doorbell_response_seconds:p99_5m{{path="pio"}}', value: 0.00099}}]
-    alert_rule_test:
-      - {{alertname: HcdRequestStuck, eval_time: 2m, exp_alerts: []}}
-      - {{alertname: HcdRequestStuck, eval_time: 4m, exp_alerts: [
-          {{exp_labels: {{severity: critical, device: disk0, queue: "0"}}, exp_annotations: {{
-            summary: "disk0: a request on queue 0 is 2m 20s old",
-            description: "The storage or the network behind the device does not answer. Guests wait for it."}}}}]}}
-      - {{alertname: HcdRequestStuck, eval_time: 6m, exp_alerts: []}}
-      - {{alertname: HcdFrontEndLost, eval_time: 20m, exp_alerts: [
-          {{exp_labels: {{severity: info, device: disk1, instance: h}}, exp_annotations: {{
-            summary: "disk1: its front end has gone and has not come back",
-            description: "Normal when the virtual machine was stopped."}}}}]}}
-      - {{alertname: HcdDoorbellNotRegistered, eval_time: 20m, exp_alerts: [
-          {{exp_labels: {{severity: warning, device: disk0, instance: h, queue: "0", path: pio}}, exp_annotations: {{
-            summary: "disk0: doorbell 0 is not registered with the VMM",
-            description: "Rings of the guest there reach nobody. The log has the VMM's reason."}}}}]}}
-      - {{alertname: HcdRequestErrors, eval_time: 20m, exp_alerts: [
-          {{exp_labels: {{severity: warning, device: disk0}}, exp_annotations: {{
-            summary: "disk0: 10% of the requests fail",
-            description: "The guest sees I/O errors. The log of hcd names the cause."}}}}]}}
+- interval: 1m
+  input_series: {series}
+  promql_expr_test:
+  - expr: path:hcd_doorbell_response_seconds:p99_5m{{path="pio"}}
+    eval_time: 10m
+    exp_samples: [{{labels: 'path:hcd_doorbell_response_seconds:p99_5m{{path="pio"}}', value: 0.00099}}]
+  alert_rule_test: {alerts}
 """
+
+
+def alerts() -> dict[str, dict[str, str]]:
+    """Severity and annotations of each alert, as they stand in the file."""
+    found: dict[str, dict[str, str]] = {}
+    for text in (ROOT / "monitoring" / "alerts.yml").read_text().split("- alert: ")[1:]:
+        fields = dict(re.findall(r'^\s+(summary|description): "(.*)"$', text, flags=re.M))
+        found[text.split()[0]] = fields | {"severity": re.findall(r"severity: (\w+)", text)[0]}
+    return found
+
+
+#: what stands in a text where the alert has its value, at the times of FIRINGS
+VALUES = {"HcdRequestStuck": "2m 20s", "HcdRequestErrors": "10%", "HcdSlowResponse": "98.76ms"}
+
+
+def expected(name: str) -> list[dict[str, Any]]:
+    """The cases of one alert, for promtool."""
+    alert, cases = alerts()[name], []
+    for minute, labels in FIRINGS[name]:
+        firing = []
+        if labels is not None:
+            texts = {key: filled(alert[key], labels, VALUES.get(name, "")) for key in ("summary", "description")}
+            firing = [{"exp_labels": {"severity": alert["severity"], **labels}, "exp_annotations": texts}]
+        cases.append({"alertname": name, "eval_time": f"{minute}m", "exp_alerts": firing})
+    return cases
+
+
+def filled(text: str, labels: dict[str, str], value: str) -> str:
+    text = re.sub(r"{{ \$labels\.(\w+) }}", lambda match: labels[match[1]], text)
+    return re.sub(r"{{ \$value .*?}}", value, text)
+
+
+def test_each_alert_has_cases() -> None:
+    assert FIRINGS.keys() == alerts().keys()
+    for name, cases in FIRINGS.items():
+        assert {labels is None for _, labels in cases} == {True, False}, name
 
 
 def test_alerts_fire_when_they_should_and_only_then(need: Callable[..., None], tmp_path: Path) -> None:
     need("promtool")
-    (tmp_path / "cases.yml").write_text(CASES.format(rules=", ".join(map(str, RULES))))
+    cases = [case for name in FIRINGS for case in expected(name)]
+    text = CASES.format(rules=", ".join(map(str, RULES)), series=SERIES, alerts=json.dumps(cases))
+    (tmp_path / "cases.yml").write_text(text)
     promtool("test", "rules", "cases.yml", cwd=tmp_path)
