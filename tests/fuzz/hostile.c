@@ -270,8 +270,8 @@ static uint64_t table_place(hostile_t *h, uint32_t n)
     return some_address(h, 16 * n);
 }
 
-/* Of a descriptor table: entry `i`. */
-static void break_desc(hostile_t *h, uint64_t gpa, uint32_t i)
+/* Of a descriptor table of `n` entries: entry `i`. */
+static void break_desc(hostile_t *h, uint64_t gpa, uint32_t i, uint32_t n)
 {
     desc_t d;
     if (get_desc(h, gpa + 16 * i, &d) != 0)
@@ -280,7 +280,7 @@ static void break_desc(hostile_t *h, uint64_t gpa, uint32_t i)
     case 0: d.addr = odd_value(h); break;
     case 1: d.len = (uint32_t)odd_value(h); break;
     case 2: d.a = (uint16_t)odd_value(h); break;
-    case 3: d.b = (uint16_t)odd_value(h); break;
+    case 3: d.b = (uint16_t)(chance(h, 64) ? n : odd_value(h)); break;
     default:
         if (h->packed)
             d.b ^= 1u << upto(h, 16);
@@ -296,8 +296,8 @@ static void break_ring(hostile_t *h, uint64_t table, uint32_t first, uint32_t st
     int here = chance(h, 128);
     uint32_t entry = here ? (first + step * upto(h, table ? 1 : n)) % h->size : upto(h, h->size);
     switch (upto(h, 8)) {
-    case 0: case 1: case 2: break_desc(h, h->desc, entry); break;
-    case 3: break_desc(h, table ? table : h->desc, table ? upto(h, n) : entry); break;
+    case 0: case 1: case 2: break_desc(h, h->desc, entry, h->size); break;
+    case 3: break_desc(h, table ? table : h->desc, table ? upto(h, n) : entry, table ? n : h->size); break;
     case 4:
         put16(h, h->driver + (upto(h, 2) ? 0 : 4 + 2 * (h->packed ? 0 : h->size)), (uint16_t)odd_value(h));
         break;

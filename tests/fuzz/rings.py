@@ -18,6 +18,7 @@ import ctypes
 import os
 import random
 import threading
+from collections import deque
 from contextlib import suppress
 from typing import Any
 
@@ -65,6 +66,7 @@ class RingFuzz:
         self._settled: list[tuple[int, int]] = []
         self._heads: dict[Request, int] = {}
         self._errors: list[Exception] = []
+        self._over: deque[Request] = deque(maxlen=6)  # completed, and still known to somebody
 
     def _make_queue(self) -> Virtqueue:
         queue = Virtqueue(0, DoorbellStats(), QueueStats(("request",)), 1024)
@@ -166,6 +168,7 @@ class RingFuzz:
             if request is None:
                 break
             assert not (exact and full), "more requests in flight than the ring has entries"
+            assert not any(request is over for over in self._over), "a request that was completed comes again"
             self.sound += 1
             self._seen += 1
             self._heads[request] = self._arena.hostile.head
@@ -252,6 +255,8 @@ class RingFuzz:
     def _complete(self, request: Request) -> None:
         written = min(request.writable_size, self._chance.getrandbits(10))
         self._settled.append((self._heads.pop(request, 0), written))
+        if not written & 3:
+            self._over.append(request)
         request.complete(written)
 
     def _check_views(self, request: Request) -> None:
