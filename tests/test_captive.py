@@ -136,7 +136,7 @@ def test_dump_tells_scripts_about_a_type(make_distribution: Make, capsys: pytest
     ]
 
 
-@pytest.mark.parametrize("name", ["blk", "console", "net", "rng", "nullio", "echo"])
+@pytest.mark.parametrize("name", ["blk", "console", "scsi", "net", "rng", "nullio", "echo"])
 def test_dump_knows_every_type_of_hcd(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Also those with doorbells of their own."""
     assert main(["devices", "--dump", name]) == 0

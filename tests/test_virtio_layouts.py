@@ -6,7 +6,7 @@ import struct
 
 import pytest
 from hcd_protocols.vhost_user.features import TransportFeature
-from hcd_protocols.virtio import BlkFeature, ConsoleFeature, DeviceId, NetFeature, RingFeature, blk, console, net, rng
+from hcd_protocols.virtio import BlkFeature, ConsoleFeature, DeviceId, NetFeature, RingFeature, blk, console, net, rng, scsi
 
 
 def test_device_ids() -> None:
@@ -136,3 +136,15 @@ def test_console_configuration_and_messages() -> None:
     with pytest.raises(ValueError, match="console configuration"):
         console.ConsoleConfig(cols=1 << 16).to_bytes()
     assert console.CONTROL.pack(1, console.ControlEvent.PORT_NAME, 2) == bytes([1, 0, 0, 0, 7, 0, 2, 0])
+
+
+def test_scsi_layouts() -> None:
+    """5.6.4 and 5.6.6."""
+    config = scsi.ScsiConfig(num_queues=4)
+    raw = config.to_bytes()
+    assert raw == struct.pack("<IIIIIIIHHI", 4, 126, 0xFFFF, 128, 16, 96, 32, 0, 255, 16383)
+    assert (len(raw), scsi.ScsiConfig.from_bytes(raw)) == (scsi.CONFIG_SIZE, config)
+    assert (scsi.COMMAND_SIZE, scsi.RESPONSE_SIZE, scsi.TMF.size, scsi.EVENT.size) == (51, 108, 24, 16)
+    assert scsi.RESPONSE_HEADER.pack(1, 2, 3, 4, 5) == bytes([1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 4, 5])
+    with pytest.raises(ValueError, match="SCSI host configuration"):
+        scsi.ScsiConfig(max_target=1 << 16).to_bytes()

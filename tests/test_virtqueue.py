@@ -310,6 +310,24 @@ def test_an_interrupt_waits_for_its_fd(pair: Pair) -> None:
     assert pair.calls() == 1
 
 
+def test_an_interrupt_on_an_fd_that_is_replaced_is_signalled_again(pair: Pair) -> None:
+    """QEMU hands over an fd that nobody reads, enables the ring, and only then the one that counts."""
+    other = os.eventfd(0, os.EFD_NONBLOCK)
+    try:
+        for signalled in (1, 0):
+            pair.queue.set_call(other)
+            if signalled:
+                submit(pair, [pair.put(b"x")], [])
+                request = pair.queue.pop()
+                assert request is not None
+                request.complete()
+                pair.queue.flush()
+            pair.queue.set_call(pair.call_fd)
+            assert pair.calls() == signalled
+    finally:
+        os.close(other)
+
+
 def test_a_full_call_eventfd_blocks_nobody(pair: Pair) -> None:
     """A front end may leave the eventfd at its limit: an interrupt is pending then already."""
     os.eventfd_write(pair.call_fd, (1 << 64) - 2)

@@ -35,12 +35,17 @@ cdef class BlockStore:
     cdef readonly bint read_only
     cdef public bint writethrough
     cdef public object on_error
+    cdef public int head                 # bytes of an answer in front of the data; -1: a status byte behind it
+    cdef public object on_failure
     cdef readonly uint64_t errors        # I/O errors
     cdef readonly uint64_t refusals      # guest's mistakes
 
-    cdef int settle(self, Request r, int status, uint64_t moved) except -1
+    cdef int settle(self, Request r, int status, uint64_t moved, object why=*) except -1
+    cdef int settle_head(self, Request r, int status, uint64_t moved, object why) except -1
+    cdef bint answerable(self, Request r) except -1
+    cdef uint64_t room(self, Request r) noexcept
     cdef int refused(self, Request r, int status, str why) except -1
-    cdef int failed(self, Request r, int error, uint64_t moved) except -1
+    cdef int failed(self, Request r, int number, uint64_t moved) except -1
     cdef int complain(self, Request r, object error) except -1
     cdef bint placed(self, Request r, uint64_t sector, uint64_t have, int64_t *nbytes, bint out) except -1
     cdef bint grows(self, uint64_t size) except -1

@@ -26,6 +26,12 @@ class BlockStore:
     def refusals(self) -> int: ...  # requests that failed because of the guest
     writethrough: bool  # writes reach stable storage before they complete
     on_error: Callable[[Request, Exception], object] | None  # after each failed one: OSError or GuestError
+    # For devices whose answer stands in front of the data (virtio-scsi). -1: a status byte behind it, as above. Otherwise
+    # so many bytes of the writable part are the answer of success, which the device has written before it hands a request
+    # over; with success it is completed with these and the data. Without, ``on_failure`` is called with the same error
+    # as on_error and completes it with another answer; if nobody may read that any more it is completed with nothing.
+    head: int
+    on_failure: Callable[[Request, Exception], object] | None
 
     # -- growing
 

@@ -82,12 +82,17 @@ cdef class BlockStore:
 
     # -- completing
 
-    cdef int settle(self, Request r, int status, uint64_t moved) except -1:
-        """Complete ``r``: its last writable byte, and ``moved`` data bytes before it."""
+    def __cinit__(self, *args, **kwargs):
+        self.head = -1
+
+    cdef int settle(self, Request r, int status, uint64_t moved, object why=None) except -1:
+        """Complete ``r``: its last writable byte, and ``moved`` data bytes before it. Without success: ``why``."""
         cdef Virtqueue q = r.vq
         cdef iovec *last
         r.live()
         r.status = status if status <= UNSUPP else IOERR
+        if self.head >= 0:
+            return self.settle_head(r, status, moved, why)
         if r.c.in_size == 0:
             r.finish(0)
             return 0
@@ -97,25 +102,40 @@ cdef class BlockStore:
         r.finish(<int64_t>moved + 1)
         return 0
 
+    cdef int settle_head(self, Request r, int status, uint64_t moved, object why) except -1:
+        """Complete ``r``, whose answer is in place already; without success the device has to make another one."""
+        cdef Virtqueue q = r.vq
+        if status == OK:
+            r.finish(self.head + <int64_t>moved)
+            return 0
+        if self.on_failure is not None and q.started and r.generation == q.generation:
+            self.on_failure(r, why)
+        if not r.completed:
+            r.finish(0)
+        return 0
+
     cdef int refused(self, Request r, int status, str why) except -1:
         cdef Virtqueue q = r.vq
+        cdef object error = GuestError(why)
         self.refusals += 1
         q.stats.c.guest_errors += 1
-        self.settle(r, status, 0)
-        return self.complain(r, GuestError(why))
+        self.settle(r, status, 0, error)
+        return self.complain(r, error)
 
-    cdef int failed(self, Request r, int error, uint64_t moved) except -1:
+    cdef int failed(self, Request r, int number, uint64_t moved) except -1:
         cdef Virtqueue q = r.vq
-        if error == ECANCELED:
-            return self.settle(r, IOERR, moved)
-        if error == EFAULT:
+        cdef object error = OSError(number, os.strerror(number))
+        if number == ECANCELED:
+            return self.settle(r, IOERR, moved, error)
+        if number == EFAULT:
+            error = GuestError("the guest memory of the request went away")
             self.refusals += 1
             q.stats.c.guest_errors += 1
-            self.settle(r, IOERR, moved)
-            return self.complain(r, GuestError("the guest memory of the request went away"))
+            self.settle(r, IOERR, moved, error)
+            return self.complain(r, error)
         self.errors += 1
-        self.settle(r, UNSUPP if error == EOPNOTSUPP else IOERR, moved)
-        return self.complain(r, OSError(error, os.strerror(error)))
+        self.settle(r, UNSUPP if number == EOPNOTSUPP else IOERR, moved, error)
+        return self.complain(r, error)
 
     cdef int complain(self, Request r, object error) except -1:
         if self.on_error is not None:
@@ -137,6 +157,17 @@ cdef class BlockStore:
 
     # -- checking
 
+    cdef bint answerable(self, Request r) except -1:
+        """Whether there is room for an answer. Completes ``r`` if not."""
+        if r.c.in_size >= <uint64_t>(self.head if self.head >= 0 else 1):
+            return True
+        self.refused(r, IOERR, "the request has no room for its status")
+        return False
+
+    cdef uint64_t room(self, Request r) noexcept:
+        """Bytes from the write cursor on that are for data."""
+        return r.w.left if self.head >= 0 else r.w.left - 1 if r.w.left else 0
+
     cdef bint placed(self, Request r, uint64_t sector, uint64_t have, int64_t *nbytes, bint out) except -1:
         """Whether ``nbytes`` (-1: ``have``) of the ``have`` bytes are whole sectors that exist. Completes ``r`` if not."""
         r.live()
@@ -144,9 +175,9 @@ cdef class BlockStore:
             nbytes[0] = <int64_t>have
         elif <uint64_t>nbytes[0] > have:
             raise ValueError(f"{nbytes[0]} bytes of a request that has {have}")
-        if r.c.in_size == 0:
-            self.refused(r, IOERR, "the request has no room for its status")
-        elif nbytes[0] % SECTOR:
+        if not self.answerable(r):
+            return False
+        if nbytes[0] % SECTOR:
             self.refused(r, IOERR, f"{nbytes[0]} bytes are no whole sectors")
         elif sector > self.size / SECTOR or <uint64_t>nbytes[0] > self.size - sector * SECTOR:
             self.refused(r, IOERR, f"{nbytes[0]} bytes at sector {sector} are past the end, {self.size // SECTOR}")
@@ -160,8 +191,7 @@ cdef class BlockStore:
         """As ``placed``, for a list of (sector, sectors, unmap)."""
         cdef uint64_t total = self.size / SECTOR, sector, count
         r.live()
-        if r.c.in_size == 0:
-            self.refused(r, IOERR, "the request has no room for its status")
+        if not self.answerable(r):
             return False
         if self.read_only:
             self.refused(r, IOERR, "a write to a read-only disk")
@@ -265,7 +295,7 @@ cdef class BlockFile(BlockStore):
         cdef iovec iov[INLINE_PIECES]
         cdef int pieces
         cdef ssize_t got = 0
-        if not self.placed(request, sector, request.w.left - 1 if request.w.left else 0, &nbytes, False):
+        if not self.placed(request, sector, self.room(request), &nbytes, False):
             return
         if nbytes == 0:
             self.settle(request, OK, 0)
@@ -484,7 +514,7 @@ cdef class BlockRam(BlockStore):
         return self.size
 
     def read(self, Request request not None, uint64_t sector, int64_t nbytes=-1):
-        if self.placed(request, sector, request.w.left - 1 if request.w.left else 0, &nbytes, False):
+        if self.placed(request, sector, self.room(request), &nbytes, False):
             copy(request, self.base + sector * SECTOR, nbytes, False)
             self.settle(request, OK, nbytes)
 

@@ -158,6 +158,7 @@ cdef class Virtqueue:
     cdef int call_fd
     cdef int err_fd
     cdef bint spurious
+    cdef bint call_used                  # an interrupt was signalled on call_fd
     cdef bint call_owed
     cdef unsigned long owner
     cdef uint32_t generation

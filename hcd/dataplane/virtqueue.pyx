@@ -164,11 +164,17 @@ cdef class Virtqueue:
         self.spurious = spurious
 
     def set_call(self, int fd):
-        """The fd to signal interrupts on, or -1. An interrupt that found none is signalled now."""
+        """The fd to signal interrupts on, or -1. What may have gone nowhere is signalled now.
+
+        That is an interrupt that found no fd, and the last one if it was signalled on another: QEMU hands over an fd
+        that nobody reads first, and for vhost-user-scsi the one that counts after the ring was enabled.
+        """
+        cdef bint again = self.call_owed or (self.call_used and self.started and fd != self.call_fd)
         self.call_fd = fd
-        if fd >= 0 and self.call_owed:
+        if fd >= 0 and again:
             self.call_owed = False
             self.interrupt()
+            self.call_used = False
 
     def owe_interrupt(self):
         """The driver may lack an interrupt: the next call fd gets one."""
@@ -219,6 +225,7 @@ cdef class Virtqueue:
         if self.inflight_area is not None:
             attach_record(self)
         self.broken = ""
+        self.call_used = False
         self.new_generation()
         self.started = True
         self.update_running()
@@ -666,6 +673,7 @@ cdef class Virtqueue:
         n = write(self.call_fd, &one, 8)
         if n == 8:
             self.stats.c.sent += 1
+            self.call_used = True
         elif n < 0 and errno == EAGAIN:
             self.stats.c.pending += 1
         elif n < 0 and errno == EINTR:

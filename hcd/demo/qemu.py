@@ -2,15 +2,18 @@
 
 How the guest reaches the doorbell is chosen by a *bus*:
 
-=========  ==========================================================  ===========
+=========  ==========================================================  ====
+
 bus        device in QEMU                                              path
-=========  ==========================================================  ===========
+=========  ==========================================================  ====
+
 legacy     virtio-pci with ``disable-modern=on``: a port of I/O BAR 0   pio
 modern     virtio-pci 1.x: an address in memory BAR 4                   mmio
 pio        virtio-pci 1.x with ``modern-pio-notify=on``: I/O BAR 2      pio
 mmio       virtio-mmio (machine microvm): register 0x50                 mmio
 ccw        virtio-ccw (machine s390x): diagnose 0x500                   hypercall
-=========  ==========================================================  ===========
+=========  ==========================================================  ====
+
 
 Guest memory is a shared memfd, as vhost-user requires.
 """
@@ -222,6 +225,12 @@ def any_device(
     told = [f"virtio-id={virtio_id}", f"num_vqs={queues}", f"config_size={config_size}"]
     properties = [f"chardev={ident}-socket", *told]
     return chardev(ident, socket) + _device("vhost-user-test-device", ident, bus, properties)
+
+
+def scsi(socket: Path | str, bus: str, *, ident: str = "scsi0", queues: int = 1) -> list[str]:
+    """A SCSI host on a vhost-user device; ``queues`` counts those for commands."""
+    properties = [f"chardev={ident}-socket", f"num_queues={queues}"]
+    return chardev(ident, socket) + _device("vhost-user-scsi", ident, bus, properties)
 
 
 def net(

@@ -14,10 +14,10 @@ from pathlib import Path
 from hcd.demo import jobs
 from hcd.demo.packages import GuestFiles, MissingToolError
 
-__all__ = ["BLOCK_ID", "CONSOLE_ID", "NET_ID", "RNG_ID", "VSOCK_ID", "command", "guest_files"]
+__all__ = ["BLOCK_ID", "CONSOLE_ID", "NET_ID", "RNG_ID", "SCSI_ID", "VSOCK_ID", "command", "guest_files"]
 
 #: device ids of the virtio specification, as ``virtio_uml.device`` takes them
-NET_ID, BLOCK_ID, CONSOLE_ID, RNG_ID, VSOCK_ID = 1, 2, 3, 4, 19
+NET_ID, BLOCK_ID, CONSOLE_ID, RNG_ID, SCSI_ID, VSOCK_ID = 1, 2, 3, 4, 8, 19
 
 _MODULES = Path("/usr/lib/uml/modules")
 
