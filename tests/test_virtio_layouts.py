@@ -6,7 +6,18 @@ import struct
 
 import pytest
 from hcd_protocols.vhost_user.features import TransportFeature
-from hcd_protocols.virtio import BlkFeature, ConsoleFeature, DeviceId, NetFeature, RingFeature, blk, console, net, rng, scsi
+from hcd_protocols.virtio import (
+    BlkFeature,
+    ConsoleFeature,
+    DeviceId,
+    NetFeature,
+    RingFeature,
+    blk,
+    console,
+    net,
+    rng,
+    scsi,
+)
 
 
 def test_device_ids() -> None:
