@@ -85,11 +85,12 @@ def test_a_command_ends_with_hcd(short_dir: Path) -> None:
 # -- hcd devices --dump
 
 SOURCE = """
-from hcd.device import Device, Option
+from hcd.device import Device, Metric, Option
 
 class Lamp(Device):
     virtio_id = 63
     description = "a lamp"
+    metrics = (Metric("lamp_watts_total", "counter", "Watts.", labels={"to": ("wall", "floor")}),)
     operations = ("on", "off")
     in_order = True
     options = (
@@ -133,6 +134,10 @@ def test_dump_tells_scripts_about_a_type(make_distribution: Make, capsys: pytest
         "option.note.default=a\\\\b\\nc",
         "option.note.expected=a string",
         "option.note.help=what it says",
+        "metrics=lamp_watts_total",
+        "metric.lamp_watts_total.kind=counter",
+        "metric.lamp_watts_total.labels=to",
+        "metric.lamp_watts_total.help=Watts.",
     ]
 
 
