@@ -96,6 +96,29 @@ def _console() -> list[Template]:
     return [*control, (b"hello\r\n", 0), (bytes(range(256)) * 20, 0)]
 
 
+def _scsi() -> list[Template]:
+    """virtio 1.3, 5.6.6: LUN, id, three bytes, a CDB of 32; what goes out behind it. And control requests (5.6.6.2)."""
+    def command(cdb: bytes, unit: int = 0, data: bytes = b"") -> Template:
+        lun = bytes([1, 0, 0x40, unit, 0, 0, 0, 0])
+        return struct.pack("<8sQBBB", lun, 7, 0, 0, 0) + cdb.ljust(32, b"\0") + data, 19
+
+    def transfer(op: int, block: int, count: int) -> bytes:
+        wide = 0x88 <= op <= 0x93
+        return struct.pack(">BBQI", op, 0, block, count) if wide else struct.pack(">BBIBH", op, 0, block, 0, count)
+
+    reads = [command(transfer(op, 0, 8)) for op in (0x28, 0x88, 0x2F, 0x8F, 0x35, 0x91)]
+    writes = [command(transfer(op, 8, 2), data=bytes(1024)) for op in (0x2A, 0x8A, 0x41, 0x93)]
+    far = [command(transfer(op, block, 0xFFFF)) for op in (0x28, 0x88) for block in (0, 2040, 0xFFFF_FFFF)]
+    unmap = struct.pack(">HH4xQI4x", 22, 16, 0, 8)
+    told = [bytes([op, 0, 0, 0, 96, 0]) for op in (0, 3, 8, 0x0A, 0x12, 0x1A, 0x1B, 0x15)]
+    told += [bytes([0x12, 1, page, 0, 255, 0]) for page in (0, 0x80, 0x83, 0xB0, 0xB1, 0xB2)]
+    told += [bytes([0x1A, 0, page, 0, 255]) for page in (0x3F, 8, 10)] + [bytes([0x5A, 0, 0x3F, 0, 0, 0, 0, 1, 0])]
+    told += [b"\x25", b"\x9e\x10" + bytes(11) + b"\x20", bytes([0xA0, *bytes(8), 96]), b"\xa3\x0c" + bytes(7) + b"\xff"]
+    asked = [command(cdb, unit) for cdb in told for unit in (0, 1, 7)]
+    control = [(struct.pack("<II8sQ", 0, what, bytes([1, 0, 0x40, 0, 0, 0, 0, 0]), 7), 8) for what in range(8)]
+    return [*reads, *writes, *far, command(b"\x42" + bytes(6) + b"\0\x18", data=unmap), *asked, *control]
+
+
 #: Every in-tree device; tests/fuzz/test_fuzz.py checks that none is missing.
 DEVICES: Sequence[Line] = (
     Line("blk", {"ram": 1 << 20, "num-queues": 2}, _blk(), (0, 1 << 9, 1 << 9 | 1 << 13 | 1 << 14)),

@@ -15,9 +15,9 @@ from hcd.dataplane.memory import MemoryTable
 from hcd.frontend.local import map_memory
 from hcd.frontend.memory import MemorySlot, SharedMemory
 
-__all__ = ["Arena", "Hostile", "library"]
+__all__ = ["TEMPLATES", "Arena", "Hostile", "library"]
 
-REGIONS, TEMPLATES = 8, 64
+REGIONS, TEMPLATES = 8, 128
 
 #: Two regions that touch, two small ones that touch, and one at the very end of the address space: what a chain may
 #: span, cross and run over.

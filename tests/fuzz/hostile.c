@@ -25,7 +25,7 @@
 #define AVAIL 0x80
 #define USED 0x8000
 #define REGIONS 8
-#define TEMPLATES 64
+#define TEMPLATES 128
 #define PIECES 64
 #define WRITTEN 4096
 
