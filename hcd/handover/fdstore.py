@@ -58,7 +58,7 @@ class FdStore:
 
     def __init__(self, notifier: Notifier, limit: int | None = None) -> None:
         self._notifier = notifier
-        self._limit = limit
+        self.limit = limit
         self._by_key: dict[Identity, Entry] = {}
         self._by_name: dict[str, Entry] = {}
         self._serial = 0
@@ -85,7 +85,7 @@ class FdStore:
 
     async def probe(self) -> None:
         """Find out whether there is a manager that keeps descriptors, unless that is known."""
-        if not self._notifier or self.usable or self._limit == 0:
+        if not self._notifier or self.usable or self.limit == 0:
             return
         try:
             await self._confirm()
@@ -118,8 +118,8 @@ class FdStore:
         key = identity(fd)
         entry = self._by_key.get(key)
         if entry is None:
-            if self._limit is not None and len(self._by_name) >= self._limit:
-                raise StoreError(f"the service manager keeps {self._limit} descriptors and no more; see "
+            if self.limit is not None and len(self._by_name) >= self.limit:
+                raise StoreError(f"the service manager keeps {self.limit} descriptors and no more; see "
                                  "FileDescriptorStoreMax= of the unit")
             self._serial += 1
             name = f"{PREFIX}{self._serial}/{device.replace(':', '_')}/{role}"

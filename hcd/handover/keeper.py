@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from hcd_protocols.vhost_user import MemoryRegion, SavedSession, events
@@ -16,12 +16,19 @@ __all__ = ["Keeper"]
 
 RegionKey = tuple[int, int, int]
 
+#: one front end may use up this part of the store and no more: the others want to be kept too
+SHARE = 2
+
 
 @dataclass(slots=True)
 class _Ring:
+    """QEMU goes to and fro between two call eventfds as the guest masks interrupts: the last one stays in the store,
+    or each time would be a message to the manager, and to wait for its answer."""
+
     kick: Entry | None = None
     call: Entry | None = None
     err: Entry | None = None
+    last_call: Entry | None = None
     spurious: bool = False
 
 
@@ -88,7 +95,7 @@ class Keeper:
             if (entry := use(name)) is not None:
                 held.regions[_key(region)] = entry
         for index, ring in enumerate(record.rings):
-            held.rings[index] = _Ring(use(ring.kick), use(ring.call), use(ring.err), ring.spurious)
+            held.rings[index] = _Ring(use(ring.kick), use(ring.call), use(ring.err), spurious=ring.spurious)
         held.channel = use(record.channel)
         if record.inflight is not None:
             held.inflight = use(record.inflight.name)
@@ -166,14 +173,8 @@ class Keeper:
 
     def end(self) -> None:
         """Nothing of the session is to be kept."""
-        held = self._held
-        for entry in (*self._own, *self._unwanted, *held.regions.values(), held.channel, held.inflight):
-            if entry is not None:
-                self._store.drop(entry)
-        for ring in held.rings.values():
-            for entry in (ring.kick, ring.call, ring.err):
-                if entry is not None:
-                    self._store.drop(entry)
+        for entry in self._entries():
+            self._store.drop(entry)
         self._own, self._unwanted, self._held = [], [], _Held()
         self._file.close()
 
@@ -184,7 +185,21 @@ class Keeper:
     # -- inside
 
     def _put(self, fd: int, role: str) -> Entry:
+        limit = self._store.limit
+        if limit is not None and self._count() >= limit // SHARE:
+            raise StoreError(f"it uses {limit // SHARE} descriptors, which is as many as one session may")
         return self._store.put(fd, self._device, role)
+
+    def _count(self) -> int:
+        return sum(1 for _ in self._entries())
+
+    def _entries(self) -> Iterator[Entry]:
+        """Everything that the session uses, as often as it uses it."""
+        held = self._held
+        found: list[Entry | None] = [*self._own, *self._unwanted, *held.regions.values(), held.channel, held.inflight]
+        for ring in held.rings.values():
+            found += [ring.kick, ring.call, ring.err, ring.last_call]
+        return (entry for entry in found if entry is not None)
 
     def _release(self, entry: Entry | None) -> None:
         """Drop ``entry`` once the state that names it has been replaced."""
@@ -208,7 +223,8 @@ class Keeper:
                 self._release(ring.kick)
                 ring.kick = None if fd is None else self._put(fd, f"kick{index}")
             case events.SetVringCall(fd=fd):
-                self._release(ring.call)
+                self._release(ring.last_call)
+                ring.last_call = ring.call
                 ring.call = None if fd is None else self._put(fd, f"call{index}")
             case events.SetVringErr(fd=fd):
                 self._release(ring.err)
