@@ -233,6 +233,7 @@ def snapshot() -> Result:
         "devices": [one["name"] for one in found["devices"]],
         "pid": found["pid"],
         "main": int(show("hcd.service", "MainPID")["MainPID"]),
+        "group": attempt(RUN / "control.sock", ["kvm"]),
     }
 
 

@@ -97,6 +97,7 @@ def test_a_front_end_is_served_and_the_status_says_so(steps: Steps) -> None:
 def test_hcd_status_finds_the_daemon(steps: Steps) -> None:
     assert steps["snapshot"]["devices"] == ["disk0"]
     assert steps["snapshot"]["pid"] == steps["snapshot"]["main"]
+    assert steps["snapshot"]["group"] == "Permission denied", "QEMU's group has no business there"
 
 
 def test_metrics_come_over_tcp_although_it_has_no_network(steps: Steps) -> None:
