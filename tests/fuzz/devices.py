@@ -66,6 +66,26 @@ def _blk() -> list[Template]:
     return requests
 
 
+def _scsi() -> list[Template]:
+    """virtio 1.3, 5.6.6, and the commands of SPC-4 and SBC-3."""
+
+    def head(cdb: bytes, unit: int = 0) -> bytes:
+        return struct.pack("<8sQBBB", bytes([1, 0, 0x40, unit, 0, 0, 0, 0]), 7, 0, 0, 0) + cdb.ljust(32, b"\0")
+
+    asking = (0x00, 0x03, 0x12, 0x1A, 0x1B, 0x25, 0x5A, 0x5E, 0xA0)
+    templates: list[Template] = [(head(bytes([opcode])), 20) for opcode in asking]
+    templates += [(head(bytes(service)), 21) for service in ((0x9E, 0x10), (0xA3, 0x0C))]
+    for opcode in (0x08, 0x0A, 0x28, 0x2A, 0x2F, 0x35, 0x41, 0x88, 0x8A, 0x8F, 0x91, 0x93, 0xA8, 0xAA):
+        cdb = bytes([opcode]) + bytes(3) + bytes([1, 1] if opcode < 0x20 else [0, 0, 0, 0, 1])
+        templates.append((head(cdb, opcode & 1) + b"d" * 512, 20))
+    unmap = struct.pack(">HHI", 22, 16, 0) + struct.pack(">QII", 8, 8, 0)
+    templates.append((head(bytes([0x42, 0, 0, 0, 0, 0, 0, 0, len(unmap)]), 1) + unmap, 20))
+    templates.append((head(bytes([0x15, 0x10, 0, 0, 24])) + bytes([0, 0, 0, 0, 8, 18, 4]) + bytes(17), 20))
+    templates.append((struct.pack("<II8sQ", 0, 5, bytes([1, 0, 0x40, 0, 0, 0, 0, 0]), 1), 8))
+    templates.append((struct.pack("<I8sI", 1, bytes([1, 0, 0x40, 0, 0, 0, 0, 0]), 2), 4))
+    return templates
+
+
 def _net() -> list[Template]:
     """virtio 1.3, 5.1.6: a header of 12 bytes, then a frame."""
     frames = []
@@ -124,6 +144,8 @@ DEVICES: Sequence[Line] = (
     Line("blk", {"ram": 1 << 20, "num-queues": 2}, _blk(), (0, 1 << 9, 1 << 9 | 1 << 13 | 1 << 14)),
     Line("blk", {"blk-file": "{dir}/disk", "num-queues": 2}, _blk(), (1 << 9 | 1 << 13 | 1 << 14, 0)),
     Line("blk", {"blk-file": "{dir}/disk", "read-only": True}, _blk(), (1 << 9,)),
+    Line("scsi", {"disk": ["ram:1M", "0:1={dir}/disk"], "num-queues": 1}, _scsi(), (1 << 1 | 1 << 2, 0)),
+    Line("scsi", {"disk": ["{dir}/disk,read-only,block-size=4096"]}, _scsi(), (0,)),
     Line("rng"),
     Line("rng", {"max-bytes": 1000, "period": 1}),
     Line("net", {"queue-pairs": 2}, _net(), (0, NET_MRG_RXBUF), twins=1),
