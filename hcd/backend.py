@@ -187,7 +187,15 @@ class Backend:
     def _start(self, vring: _Vring, desc: int, avail: int, used: int) -> None:
         queue, base = vring.queue, vring.base
         resume = not self._own_inflight or vring.resume or base == vring.left_at
-        queue.set_inflight(self.inflight, resume)
+        area = self.inflight
+        if area is not None and vring.num > area.queue_size:
+            # On virtio-mmio QEMU lets drivers choose up to 1024 entries, and makes the region for queue-size of them.
+            self.host.rare_log.warning(
+                (queue.index, "region"), "queue %d: a ring of %d entries and an in-flight region for %d: its requests "
+                "are not recorded, a crash of hcd would lose them", queue.index, vring.num, area.queue_size,
+            )
+            area = None
+        queue.set_inflight(area, resume)
         queue.start(self.features, vring.num, desc, avail, used, base, vring.big_endian)
         vring.resume, vring.left_at = False, None
         if queue.recovered:

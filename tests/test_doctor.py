@@ -145,7 +145,8 @@ def test_a_daemon_that_works_has_nothing_that_keeps_it_from_working(
     file = short_dir / "hcd.toml"
     status, found = ask("--config", file)
     assert status == 0
-    assert not {check for check in found if check.startswith(("socket", "config", "file", "limit"))}
+    assert not {check for check in found if check.startswith(("config", "file", "limit"))}
+    assert {check for check in found if check.startswith("socket")} <= {"socket-access"}
     assert "the one that is installed" in found["version"].what
     assert cli.main(["doctor", "--config", str(file), str(short_dir / "rng0.sock")]) == 0
     assert "nothing was found" in capsys.readouterr().out
@@ -232,6 +233,8 @@ def test_who_may_not_connect_is_said_with_the_group_that_may(short_dir: Path) ->
         assert finding.check == "socket-permission"
         assert "srw-rw----" in finding.evidence
         assert f"usermod -aG {path.group()} guest" in finding.todo
+        (finding,) = device_socket.check("rng0", str(path), [], None)
+        assert (finding.check, finding.severity) == ("socket-access", Severity.NOTE)
         member = Account("guest", 54321, frozenset({path.stat().st_gid}))
         assert list(device_socket.check("rng0", str(path), [member], None)) == []
 
@@ -251,7 +254,7 @@ def test_memory_that_is_not_shared_is_found_in_a_running_qemu(
     with qemu(short_dir, *private, *rng_on(short_dir / "rng0.sock"), *disk):
         status, found = ask("--config", short_dir / "hcd.toml")
         assert status == 1
-        assert set(found) - {"kvm-limited", "kvm-missing", "kvm-denied", "version"} == {
+        assert set(found) - {"kvm-limited", "kvm-missing", "kvm-denied", "version", "socket-access"} == {
             "memory-not-shared", "socket-busy", "reconnect-missing",
         }  # fmt: skip
         assert "memory-backend-memfd ram: share=off" in found["memory-not-shared"].evidence

@@ -289,3 +289,18 @@ def test_a_region_that_cannot_be_is_refused(
     assert why in hcd.log_text
     with Frontend.open(short_dir / "disk.sock", inflight=True) as frontend:
         BlockDriver(frontend.memory, frontend.queues[0]).write(0, bytes(512))
+
+
+def test_a_ring_larger_than_the_region_is_served_without_a_record(short_dir: Path, start_hcd: Start) -> None:
+    """QEMU's virtio-mmio: the driver takes 1024 entries where the region was made for 128. The log says it."""
+    (short_dir / "disk.img").write_bytes(bytes(BLOCK * BLOCKS))
+    hcd = start_hcd(DISK)
+    with open_without_rings(short_dir / "disk.sock") as frontend:
+        frontend.request_inflight(1, 128)
+        frontend.hand_over_inflight()
+        frontend.start_queue(0, 1024)
+        frontend.driver_ok()
+        disk = BlockDriver(frontend.memory, frontend.queues[0])
+        disk.write(0, bytes(range(256)) * 2)
+        assert disk.read(0, 512) == bytes(range(256)) * 2
+    assert "disk: queue 0: a ring of 1024 entries and an in-flight region for 128: its requests are not" in hcd.log_text

@@ -128,8 +128,8 @@ def test_only_devices_that_wait_for_their_chardev_reconnect() -> None:
         ({}, "vhost-user-blk-pci", {}),
         ({"path": BellPath.PIO}, "vhost-user-blk-pci", {"modern-pio-notify": "on", "disable-legacy": "on"}),
         ({"path": BellPath.MMIO}, "vhost-user-blk-pci", {"disable-legacy": "on"}),
-        ({"bus": "mmio"}, "vhost-user-blk", {}),
-        ({"bus": "mmio", "path": BellPath.MMIO}, "vhost-user-blk", {}),
+        ({"bus": "mmio"}, "vhost-user-blk", {"queue-size": "1024"}),
+        ({"bus": "mmio", "path": BellPath.MMIO}, "vhost-user-blk", {"queue-size": "1024"}),
     ],
 )
 def test_the_device_rings_over_the_declared_path(
@@ -194,6 +194,17 @@ def test_values_are_written_as_qemu_and_the_shell_read_them(printed: Print, tmp_
     assert chardev == f"socket,id=rng0-socket,path={Path.cwd()}/a,, b.sock"
     assert option("x", path="a,b") == "x,path=a,,b"
     assert [qemu_id(name) for name in ("disk0", "0disk", "a:b")] == ["disk0", "hcd-0disk", "a_b"]
+
+
+def test_the_qmp_sockets_of_the_configuration_are_made_once_each(printed: Print) -> None:
+    """hcd asks there for the path of the doorbells."""
+    text = CONFIG.replace('.sock"\n', '.sock"\nqmp = "/run/vm/q,0.sock"\n')
+    words = json.loads(printed(text, *NO_QEMU, "--json"))
+    assert words[-2:] == ["-qmp", "unix:/run/vm/q,,0.sock,server=on,wait=off"]
+    assert words.count("-qmp") == 1
+    root = ET.fromstring(printed(text, "disk0", *NO_QEMU, "--libvirt"))
+    found = [arg.get("value") for arg in root.iter("{http://libvirt.org/schemas/domain/qemu/1.0}arg")]
+    assert found == words[-2:]
 
 
 def test_raw_doorbells_are_left_out(printed: Print, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,6 +127,10 @@ def _listening(name: str, path: str, found: Listener) -> Iterator[Finding]:
 
 def _connectable(name: str, file: Path, accounts: Iterable[Account]) -> Iterator[Finding]:
     """Connecting takes write permission for the socket, and search permission on the way."""
+    accounts = list(accounts)
+    if not accounts:
+        yield note("socket-access", f"{name}: the account of QEMU is not known", describe(file),
+                   f"it has to be in the group {file.group()}, or be root")
     for who in accounts:
         if why := denial(file, who, WRITE):
             yield error(

@@ -13,7 +13,7 @@ from hcd.qemu.devices import Version
 from hcd.qemu.plugs import Plug
 from hcd.qemu.version import reconnect
 
-__all__ = ["MEMORY", "device_arguments", "machine_arguments", "option", "qemu_id"]
+__all__ = ["MEMORY", "device_arguments", "machine_arguments", "monitor_arguments", "option", "qemu_id"]
 
 #: id of the shared memory
 MEMORY = "hcd-memory"
@@ -36,6 +36,14 @@ def _machine(plugs: Sequence[Plug], machine: str | None) -> str:
         machine = "microvm" + (",pcie=on" if "pci" in buses else "")
     backend = f"memory-backend={MEMORY}"
     return f"{machine},{backend}" if machine else backend
+
+
+def monitor_arguments(plugs: Sequence[Plug]) -> list[str]:
+    """QMP sockets on which hcd asks for the path of doorbells, where the configuration names them."""
+    words: list[str] = []
+    for path in dict.fromkeys(plug.spec.qmp for plug in plugs if plug.spec.qmp is not None):
+        words += ["-qmp", option(f"unix:{os.path.abspath(path)}".replace(",", ",,"), server="on", wait="off")]
+    return words
 
 
 def device_arguments(plug: Plug, version: Version) -> list[str]:

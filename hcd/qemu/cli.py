@@ -14,7 +14,7 @@ from hcd import options as opt
 from hcd.config import DeviceSpec
 from hcd.errors import ConfigError
 from hcd.qemu import libvirt, version
-from hcd.qemu.arguments import device_arguments, machine_arguments
+from hcd.qemu.arguments import device_arguments, machine_arguments, monitor_arguments
 from hcd.qemu.devices import Version
 from hcd.qemu.plugs import Plug, Wishes, make_plug, pluggable
 
@@ -68,6 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     words = machine_arguments(plugs, arguments.memory, arguments.machine)
     for plug in plugs:
         words += device_arguments(plug, of)
+    words += monitor_arguments(plugs)
     print(json.dumps(words) if arguments.json else _lines(words))
     return 0
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from hcd_protocols.virtio.ids import DeviceId
 
 from hcd.doorbell import Path
-from hcd.qemu.arguments import device_arguments
+from hcd.qemu.arguments import device_arguments, monitor_arguments
 from hcd.qemu.devices import Version
 from hcd.qemu.plugs import Plug
 
@@ -44,6 +44,7 @@ def domain(plugs: Sequence[Plug], version: Version, *, kvm: bool) -> str:
             _interface(devices, plug)
         else:
             words += device_arguments(plug, version)
+    words += monitor_arguments(plugs)
     if not len(devices):
         root.remove(devices)
     if words:

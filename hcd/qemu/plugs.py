@@ -14,6 +14,9 @@ from hcd.qemu.devices import FrontEnd, Version, front_end
 
 __all__ = ["Plug", "Wishes", "make_plug", "pluggable"]
 
+#: QEMU's virtio-mmio lets drivers take rings of this size; only what it was told itself is recorded while in flight
+MMIO_RING = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
@@ -59,8 +62,11 @@ def make_plug(spec: DeviceSpec, wishes: Wishes) -> Plug:
     front, bus = front_end(device.virtio_id), _bus(spec)
     _check(spec, device, front, bus, wishes)
     properties = front.queues(device)
-    if wishes.queue_size is not None and front.size is not None:
-        properties |= front.size(wishes.queue_size)
+    size = wishes.queue_size
+    if size is None and bus == "mmio" and not front.netdev:
+        size = MMIO_RING
+    if size is not None and front.size is not None:
+        properties |= front.size(size)
     if wishes.packed:
         properties["packed"] = "on"
     properties |= _way(spec, front, bus)

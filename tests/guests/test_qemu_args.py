@@ -77,7 +77,7 @@ class Printed:
 @pytest.mark.parametrize(
     ("bus", "machine", "more", "path"),
     [
-        pytest.param('bus = "pci"', "pc", [], "mmio", id="pci"),
+        pytest.param('qmp = "{dir}/qmp.sock"', "pc", [], "mmio", id="pci"),
         pytest.param('bus = "pci"\npath = "pio"', "q35", ["--machine", "q35", "--packed"], "pio", id="pci-by-port"),
         pytest.param('bus = "mmio"', "microvm", [], "mmio", id="mmio"),
     ],
