@@ -153,6 +153,8 @@ DEVICES: Sequence[Line] = (
     Line("vsock", {"uds-path": "{dir}/vsock", "max-connections": 8, "buffer": 4096}, _vsock(), (1,)),
     Line("console", {"port": ["pty"]}, _console(), (0, 1)),
     Line("console", {"port": ["pty", "a=file:/dev/null", "b=listen:{dir}/port"]}, _console(), (2, 3, 7)),
+    Line("scsi", {"disk": ["0:0=ram:1M", "0:1={dir}/disk"]}, _scsi(), (0, 6)),
+    Line("scsi", {"disk": ["0:0={dir}/disk,read-only"], "num-queues": 2}, _scsi(), (0, 2)),
     Line("nullio", {"ports": "0x510,0x514/2=7"}),
     Line("echo", {"gpas": "0xfe000000,0xfe000008", "stamps": True}),
 )
