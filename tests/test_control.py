@@ -600,6 +600,18 @@ def test_a_reader_that_reads_nothing_holds_up_nobody(
     goes_on(load)
 
 
+def test_a_trace_ends_with_the_reader_of_its_output(daemon: HcdProcess, control: Path) -> None:
+    """``hcd trace disk0 | head -1``, and nothing more happens."""
+    words = [sys.executable, "-m", "hcd", "trace", "disk0", "--control", str(control)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert "tracing disk0" in process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(30) == 0
+        assert process.stderr.read() == ""
+
+
 def test_resizing_is_seen_on_the_back_channel(
     control: Path, disk: tuple[Frontend, BlockDriver], trace: Callable[..., Tracer]
 ) -> None:

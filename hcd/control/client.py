@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
@@ -38,6 +38,8 @@ class Client:
 
     def __init__(self, path: str, patience: float = PATIENCE) -> None:
         self.path = path
+        #: called before each wait for the daemon, with the socket's descriptor
+        self.on_wait: Callable[[int], None] = lambda fd: None
         self._lines = Lines(MAX_ANSWER)
         self._patience = patience
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -108,6 +110,7 @@ class Client:
     def _receive(self) -> dict[str, Any]:
         try:
             while (line := self._lines.next_line()) is None:
+                self.on_wait(self._socket.fileno())
                 data = self._socket.recv(65536)
                 if not data:
                     raise ConnectionResetError(errno.ECONNRESET, "")

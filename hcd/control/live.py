@@ -53,12 +53,26 @@ def run_top(control: str | None, *, interval: float, once: bool) -> int:
 
 
 def run_trace(control: str | None, device: str, *, rate: int | None, as_json: bool) -> int:
-    """Lines until Ctrl-C, or until the daemon ends. NoDaemonError, CallError."""
+    """Lines until Ctrl-C, or until the daemon or the reader of our output ends. NoDaemonError, CallError."""
     given = {} if rate is None else {"rate": rate}
-    with suppress(KeyboardInterrupt), connect(control) as client:
+    with suppress(KeyboardInterrupt, _ReaderGone), connect(control) as client:
+        client.on_wait = _wait_or_break
         for event in client.stream("trace", device=device, **given):
             print(json.dumps(event) if as_json else trace_line(event), flush=True)
     return 0
+
+
+def _wait_or_break(fd: int) -> None:
+    """Return when ``fd`` is readable. _ReaderGone when nobody reads our output any more, as with ``| head``."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    poll.register(sys.stdout.fileno(), 0)
+    if fd not in [ready for ready, _ in poll.poll()]:
+        raise _ReaderGone
+
+
+class _ReaderGone(Exception):
+    """No OSError: those are the daemon's."""
 
 
 @contextmanager
