@@ -97,7 +97,7 @@ def boot(short_dir: Path, need: Callable[..., None]) -> Iterator[Callable[..., G
         programs: Mapping[str, bytes] | None = None,
     ) -> Guest:
         need(vm.kind.program, "apt-get", "dpkg")
-        archive = _archive(vm.kind.arch, (*vm.kind.bus_modules, *modules), E2FSPROGS if tools else ())
+        archive = _archive(vm.kind.arch, (*vm.kind.bus_modules, *modules), E2FSPROGS if tools is True else tools or ())
         name = f"guest{len(guests)}"
         initrd = short_dir / f"{name}.cpio"
         initrd.write_bytes(archive + with_programs(jobs.job_tree(job), programs).cpio())

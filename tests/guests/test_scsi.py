@@ -152,6 +152,54 @@ def test_disks_grow_and_come_and_go(short_dir: Path, start_hcd: Start, boot: Boo
     guest.wait(60)
 
 
+#: commands of sg3_utils, each with what it says (a regular expression); "!" in front: it has to fail
+SG = {
+    "inq": ("sg_inq $disk", "VIRTUAL DISK"),
+    "serial": ("sg_vpd -p sn $disk", "first"),
+    "identity": ("sg_vpd -p di $disk", "designator type: NAA"),
+    "limits": ("sg_vpd -p bl $disk", "Maximum unmap LBA count: 2097152"),
+    "characteristics": ("sg_vpd -p bdc $disk", "Non-rotating medium"),
+    "provisioning": ("sg_vpd -p lbpv $disk", "Unmap command supported .LBPU.: 1"),
+    "capacity": ("sg_readcap --16 $disk", "Last LBA=32767"),
+    "luns": ("sg_luns $disk", "Report luns"),
+    "modes": ("sg_modes -a $disk", "WCE=1|Caching"),
+    "opcodes": ("sg_opcodes $disk", "Synchronize cache.16"),
+    "opcode": ("sg_opcodes --opcode=0x5f $disk", "not supported"),
+    "ready": ("sg_turs -v $disk", ""),
+    "sync": ("sg_sync $disk", ""),
+    "verify": ("sg_verify --lba=0 --count=8 $disk", ""),
+    "unmap": ("sg_unmap --force --lba=64 --num=64 $disk", ""),
+    "same": ("sg_write_same --16 --lba=128 --num=64 --xferlen=512 --in=/dev/zero $disk", ""),
+    "stop": ("sg_start --stop $disk", ""),
+    "stopped": ("!sg_turs $disk", "not ready"),
+    "start": ("sg_start --start $disk", ""),
+    "sense": ("sg_requests $disk", ""),
+    "reservation": ("!sg_persist --in --read-keys $disk", "not supported|Illegal request|Invalid opcode"),
+    "reset": ("sg_reset --device $disk", ""),
+}
+
+
+def test_sg3_utils(short_dir: Path, start_hcd: Start, boot: Boot, need: Callable[..., None]) -> None:
+    """Commands beyond those of the disk driver, by the tools that administrators use."""
+    programs = sorted({line.split()[0].removeprefix("!") for line, _ in SG.values()})
+    need(*programs)
+    image(short_dir / "first.img", 16)
+    hcd = start_hcd(HOST.replace("DISKS", '"{dir}/first.img,serial=first"'))
+    job = FIND_DISKS + "until_true 60 has_disk first\ndisk=/dev/$(disk_of first)\n"
+    for name, (line, words) in SG.items():
+        expected = "[ $status -ne 0 ]" if line.startswith("!") else "[ $status -eq 0 ]"
+        job += f"""
+        status=0; {line.removeprefix("!")} >/tmp/said 2>&1 || status=$?
+        echo >>/tmp/said
+        if {expected} && grep -qiE '{words}' /tmp/said
+        then say "{name}=ok"; else say "{name}=$status $(tr '\n' ' ' </tmp/said)"; fi
+        """
+    tools = tuple((program, "sg3-utils") for program in programs)
+    said = boot(vm_with_host(short_dir, "modern"), job, jobs.SCSI, tools=tools).wait(200)
+    assert {name: said[name] for name in SG} == dict.fromkeys(SG, "ok")
+    assert hcd.metrics().total("hcd_handler_errors_total", device="host") == 0
+
+
 def test_user_mode_linux(
     short_dir: Path, start_hcd: Start, boot_uml: Boot, expect_rings: Callable[..., None], expect_settled: Settled
 ) -> None:
