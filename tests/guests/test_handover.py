@@ -117,8 +117,10 @@ def test_guest_and_qemu_notice_no_restart(
     job = FUNCTIONS + JOB.replace("{writer}", writer.job(depth=DEPTH))
     program = writer.build(short_dir)
     guest = boot(vm, job, (*jobs.BLOCK, *jobs.NET, *jobs.RNG), programs={"writer": program})
+    manager.until(lambda: manager.roles().count("connection") == len(NAMES), "four connections")
+    for _ in range(RESTARTS):  # firmware and kernel set the devices up meanwhile
+        manager.restart()
     writes = writer.wait_for_writes(guest, WRITES)
-    said_before = qemu_lines(guest)
     pauses = []
     for number in [signal.SIGTERM] * RESTARTS + [signal.SIGKILL] * RESTARTS:
         begin = time.monotonic()
@@ -135,7 +137,7 @@ def test_guest_and_qemu_notice_no_restart(
     assert int(said["verified"]) == DEPTH * writer.SLOTS
     for name in ("disk0", "net0", "net1", "rng0"):
         assert not sockets[f"{name}-socket"].startswith("disconnected"), sockets
-    assert qemu_lines(guest) == said_before, "QEMU says nothing of restarts"
+    assert qemu_lines(guest) == [], "QEMU has nothing to say of restarts"
     assert "I/O error" not in guest.log.read_text(errors="replace")
     assert manager.dropped["duplicate"] == manager.dropped["full"] == []
     assert "Traceback" not in manager.log.read_text()
@@ -143,8 +145,9 @@ def test_guest_and_qemu_notice_no_restart(
 
 
 def qemu_lines(guest: Guest) -> list[str]:
-    """What QEMU itself said; it shares its output with the guest's console."""
-    return [line for line in guest.log.read_text(errors="replace").splitlines() if "qemu-system" in line]
+    """What QEMU itself said, on the guest's console; not what it says of every network card of hcd."""
+    lines = guest.log.read_text(errors="replace").splitlines()
+    return [line for line in lines if "qemu-system" in line and "VHOST_USER_PROTOCOL_F_CONFIG but QEMU" not in line]
 
 
 def resumed(directory: Path) -> float:
