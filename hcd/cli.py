@@ -125,7 +125,9 @@ def _tool(name: str, words: Sequence[str]) -> int:
     parser = _Parser(prog=f"hcd {name}", description=module.DESCRIPTION, allow_abbrev=False)
     parser.set_defaults(command=command)
     module.add_arguments(parser)
-    arguments = parser.parse_args(argv)
+    # options between the words of a list need the other parser, which knows no subcommands
+    parse = parser.parse_intermixed_args if getattr(module, "INTERMIXED", False) else parser.parse_args
+    arguments = parse(argv)
     if command and not getattr(module, "TAKES_COMMAND", False):
         parser.error("it takes no command after --")
     status: int = module.run(arguments)

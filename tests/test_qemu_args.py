@@ -101,6 +101,8 @@ def test_devices_are_chosen_by_name(printed: Print) -> None:
         "vhost-user-rng-pci",
         "vhost-user-blk-pci",
     ]
+    mixed = printed(CONFIG, "rng0", *NO_QEMU, "disk0", "--packed")
+    assert mixed == printed(CONFIG, *NO_QEMU, "--packed", "rng0", "disk0")
     assert 'no device "disk" in the configuration; did you mean "disk0"?' in printed(CONFIG, "disk", status=1)
 
 

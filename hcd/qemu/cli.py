@@ -18,7 +18,9 @@ from hcd.qemu.arguments import device_arguments, machine_arguments, monitor_argu
 from hcd.qemu.devices import Version
 from hcd.qemu.plugs import Plug, Wishes, make_plug, pluggable
 
-__all__ = ["DESCRIPTION", "add_arguments", "run"]
+__all__ = ["DESCRIPTION", "INTERMIXED", "add_arguments", "run"]
+
+INTERMIXED = True
 
 DESCRIPTION = (
     "Print the QEMU arguments for the devices of a configuration, one option a line: "
