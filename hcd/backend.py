@@ -12,8 +12,9 @@ waiting are the transport's. Theory of operation (vhost-user.rst, "Ring states";
 * GET_VRING_BASE stops a ring: no new requests, those in flight are waited for (by the transport, with a limit), then
   the ring is let go.
 * A region that records requests in flight comes before the rings that it is for, or at least before they are enabled.
-  Where the front end keeps it, its record says where a ring stands, at every start: what SET_VRING_BASE said may be
-  older (and QEMU's is, after this process was killed). One that hcd keeps itself counts only where a ring goes on.
+  Where the front end keeps it, its record says where a ring stands: what SET_VRING_BASE said may be older (and QEMU's
+  is, after this process was killed). Unless GET_VRING_BASE stopped the ring with nothing in flight: then the front end
+  knows, and may begin another ring. A record that hcd keeps itself counts only where a ring goes on.
 * Every fd that a message brought is owned here from the moment of the call, also when the call fails.
 """
 
@@ -345,7 +346,7 @@ class Backend:
         left, waiting = vring.queue.inflight, vring.queue.waiting
         age = vring.queue.stats.oldest_ns() / 1e9
         self._release_kick(vring)
-        base = vring.queue.stop() if vring.queue.is_started else vring.base
+        base = vring.queue.stop(told=True) if vring.queue.is_started else vring.base
         # A base where new rings begin as well says nothing about which of them comes next.
         vring.left_at = base if (left or waiting) and base not in _NEW_RINGS else None
         self.host.lane.forget(vring.queue)

@@ -298,6 +298,13 @@ cdef void drop_record(Virtqueue q) noexcept:
     memset(t, 0, sizeof(track_t))
 
 
+cdef void end_record(vring_t *r) noexcept nogil:
+    """Nothing is in flight, and whoever sets the ring up again says where it stands."""
+    if r.track != NULL and r.again == 0:
+        hcd_store16(<char *>r.track.record + 8, 0)
+        hcd_step()
+
+
 cdef int attach_record(Virtqueue q) except -1:
     """The ring stands where the front end says. Move it to where its record says, or begin a record here."""
     cdef vring_t *r = &q.ring

@@ -305,8 +305,12 @@ cdef class Virtqueue:
         self.halted = True
         self.update_running()
 
-    def stop(self):
-        """End the use of the ring; returns its base. Requests still in flight are forgotten when they complete."""
+    def stop(self, bint told=False):
+        """End the use of the ring; returns its base. Requests still in flight are forgotten when they complete.
+
+        ``told``: the front end learns the base, and says where the next ring begins. So a record that has nothing in
+        flight ends here: the next ring may be another one.
+        """
         cdef uint32_t base = self.base
         if self.started:
             self.take_remote()
@@ -314,10 +318,12 @@ cdef class Virtqueue:
             base = self.base
         self.started = False
         self.halted = False
-        self.new_generation()
         self.ring.desc = self.ring.driver = self.ring.device = NULL
+        if told and self.n_inflight == 0 and self.ring.unpublished == 0:
+            end_record(&self.ring)
         self.ring.unpublished = 0
         drop_record(self)
+        self.new_generation()
         self.update_running()
         self.pool.clear()
         return base
