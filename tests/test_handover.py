@@ -410,7 +410,7 @@ def test_a_full_store_costs_the_handover_and_nothing_else(manage: Start, short_d
                 gone(front)
             disk_of(also_kept).write(0, block(1))
         assert len(EntropyDriver(kept.memory, kept.queues[0], timeout=30).read(16)) == 16
-    assert manager.dropped == NOTHING_DROPPED
+    assert manager.dropped["full"] == manager.dropped["duplicate"] == []  # what hangs up may be dropped first
 
 
 def test_one_front_end_cannot_use_the_store_up(manage: Start, short_dir: Path) -> None:
