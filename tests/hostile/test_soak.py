@@ -85,7 +85,8 @@ def soak(hcd: HcdProcess, expect_settled: ExpectSettled, once: Callable[[int], N
     expect_settled(hcd, resources)
     after = Size.of(hcd.process.pid)
     assert after.mappings <= size.mappings + MAPPING_SLACK, (size, after)
-    assert after.resident <= size.resident + SLACK, (size, after)
+    if "libasan" not in os.environ.get("LD_PRELOAD", ""):  # which keeps what was freed, to see late uses
+        assert after.resident <= size.resident + SLACK, (size, after)
     assert "Traceback" not in hcd.log_text
 
 
