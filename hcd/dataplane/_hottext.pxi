@@ -57,10 +57,12 @@ HISTOGRAM_FAMILIES = (
     ("hcd_doorbell_response_seconds",
      "From the wake-up by a ring to the interrupt that answers the first request it brought."),
     ("hcd_doorbell_ring_seconds", "From the guest's own stamp to the wake-up; only where the guest stamps its rings."),
-    ("hcd_request_latency_seconds", "From taking a request off the ring to its completion, by operation."),
+    ("hcd_request_latency_seconds", "From taking a request off the ring to its completion, by operation, from the first one on."),
 )
 THROTTLED_FAMILY = ("hcd_throttled_seconds_total", "counter",
                     "How long the limits of the device held the queue back while its driver had requests.")
+#: their series begin with the first observation (docs/decisions/0009)
+ONLY_LIVE = ("hcd_doorbell_ring_seconds", "hcd_request_latency_seconds")
 OLDEST_FAMILY = ("hcd_oldest_request_seconds", "gauge", "Age of the oldest request in flight; 0 without one.")
 STATUS_NAMES = ("ok", "error", "unsupported")
 
@@ -304,7 +306,7 @@ cdef class HotText:
     def __cinit__(self):
         self.lock = threading.Lock()
         self.counters = [_Family(*family) for family in COUNTER_FAMILIES]
-        self.histograms = [_Family(name, "histogram", text, only_live=name == "hcd_doorbell_ring_seconds")
+        self.histograms = [_Family(name, "histogram", text, only_live=name in ONLY_LIVE)
                            for name, text in HISTOGRAM_FAMILIES]
         self.oldest = _Family(*OLDEST_FAMILY, age=True)
         self.throttled = _Family(*THROTTLED_FAMILY, seconds=True)

@@ -56,8 +56,9 @@ class HotSource(Protocol):
     def render(self) -> memoryview: ...
 
 
-#: of one family: the values of the labels, and the value, of each series
-Samples = Sequence[tuple[Sequence[str], float]]
+Labels = Sequence[Sequence[str]]
+#: of one family: the labels of each series, and their values
+Samples = tuple[Labels, Sequence[float]]
 
 
 class ColdCollector(Collector):
@@ -73,30 +74,30 @@ class ColdCollector(Collector):
     def samples(self) -> Iterator[tuple[str, Samples]]:
         """Every family with what it says now."""
         bells = list(self._doorbells)
-        yield "hcd_doorbell_info", [(labels, 1) for labels in map(_INFO_LABELS, bells)]
+        names = [(host.spec.name,) for host in self._hosts]
+        yield "hcd_doorbell_info", (list(map(_INFO_LABELS, bells)), [1] * len(bells))
         yield "hcd_doorbell_registered", _registered(bells)
-        yield "hcd_connected", self._per_host(lambda host: host.connected)
+        yield "hcd_connected", self._per_host(names, lambda host: host.connected)
         yield "hcd_handovers_total", self._handovers()
-        yield "hcd_handover_ready", self._per_host(lambda host: host.kept is not None)
-        yield "hcd_protocol_errors_total", self._per_host(lambda host: host.protocol_errors)
-        yield "hcd_guest_errors_total", self._per_host(lambda host: host.guest_errors)
-        yield "hcd_handler_errors_total", self._per_host(lambda host: host.handler_errors)
-        yield "hcd_slow_steps_total", self._per_host(lambda host: host.slow_steps)
-        yield "hcd_stuck_requests", self._per_host(lambda host: host.stuck_requests)
-        yield "hcd_path_conflicts", self._per_host(lambda host: host.path_conflict)
+        yield "hcd_handover_ready", self._per_host(names, lambda host: host.kept is not None)
+        yield "hcd_protocol_errors_total", self._per_host(names, lambda host: host.protocol_errors)
+        yield "hcd_guest_errors_total", self._per_host(names, lambda host: host.guest_errors)
+        yield "hcd_handler_errors_total", self._per_host(names, lambda host: host.handler_errors)
+        yield "hcd_slow_steps_total", self._per_host(names, lambda host: host.slow_steps)
+        yield "hcd_stuck_requests", self._per_host(names, lambda host: host.stuck_requests)
+        yield "hcd_path_conflicts", self._per_host(names, lambda host: host.path_conflict)
         # Read at each scrape: the experiment may run beside a daemon.
-        yield "hcd_path_cost_seconds", sorted(load_saved().items())
-        yield "hcd_build_info", [((VERSION, platform.python_version()), 1)]
+        costs = sorted(load_saved().items())
+        yield "hcd_path_cost_seconds", ([labels for labels, _ in costs], [seconds for _, seconds in costs])
+        yield "hcd_build_info", ([(VERSION, _PYTHON)], [1])
 
     def _handovers(self) -> Samples:
-        return [
-            ((host.spec.name, outcome), count)
-            for host in self._hosts
-            for outcome, count in (("resumed", host.handovers_resumed), ("failed", host.handovers_failed))
-        ]
+        labels = [(host.spec.name, outcome) for outcome in ("resumed", "failed") for host in self._hosts]
+        resumed = [host.handovers_resumed for host in self._hosts]
+        return labels, resumed + [host.handovers_failed for host in self._hosts]
 
-    def _per_host(self, value: Callable[[HostView], int]) -> Samples:
-        return [((host.spec.name,), int(value(host))) for host in self._hosts]
+    def _per_host(self, names: Labels, value: Callable[[HostView], int]) -> Samples:
+        return names, [int(value(host)) for host in self._hosts]
 
 
 class ColdText:
@@ -161,21 +162,19 @@ class Renderer:
         return self._hot.render(), self._cold.render()
 
 
+_PYTHON = platform.python_version()
 _INFO_LABELS: Callable[[Doorbell], tuple[str, ...]] = operator.attrgetter(*BY_NAME["hcd_doorbell_info"].labels)
 
 
 def _registered(bells: Iterable[Doorbell]) -> Samples:
-    return [
-        ((bell.device, bell.queue, bell.path), int(bool(bell.registered)))
-        for bell in bells
-        if bell.source is PathSource.REGISTERED
-    ]
+    known = [bell for bell in bells if bell.source is PathSource.REGISTERED]
+    return [(bell.device, bell.queue, bell.path) for bell in known], [int(bool(bell.registered)) for bell in known]
 
 
 def _family(name: str, samples: Samples) -> Metric:
     declared = BY_NAME[name]
     make = CounterMetricFamily if declared.type == "counter" else GaugeMetricFamily
     family = make(declared.name, declared.help, labels=declared.labels)
-    for labels, value in samples:
+    for labels, value in zip(*samples, strict=True):
         family.add_metric(labels, value)
     return family

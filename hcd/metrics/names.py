@@ -87,7 +87,7 @@ FAMILIES = (
     Family(
         "hcd_request_latency_seconds",
         "histogram",
-        "From taking a request off the ring to its completion, by operation.",
+        "From taking a request off the ring to its completion, by operation, from the first one on.",
         (*_QUEUE, "op"),
         True,
     ),
