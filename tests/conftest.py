@@ -114,7 +114,7 @@ def make_distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
 
     def make(name: str, version: str, types: Mapping[str, str], modules: Mapping[str, str] | None = None) -> Path:
         site = tmp_path / f"site-{name}"
-        info = site / f"{name}-{version}.dist-info"
+        info = site / f"{name.replace('-', '_')}-{version}.dist-info"  # "-" would end the name: "hcd" again
         info.mkdir(parents=True)
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         lines = [f"{type_} = {where}\n" for type_, where in types.items()]
