@@ -50,7 +50,8 @@ class QtestVm:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.process.terminate()
+        # Not SIGTERM: QEMU 7.2 waits for ever (in monitor_cleanup) if hcd asks it by QMP just then.
+        self.process.kill()
         self.process.wait(20)
         self._answers.close()
         self.socket.close()

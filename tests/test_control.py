@@ -682,11 +682,11 @@ def test_descriptors_that_a_client_sends_are_not_kept(
         sock.settimeout(30)
         sock.connect(str(control))
         socket.send_fds(sock, [b'{"call": "snapshot"}\n'], [file.fileno()] * 50)
-        lines = sock.makefile("rb")
-        assert b"protocol" in lines.readline()
-        assert b"result" in lines.readline()
-        expect_settled_while_open = daemon.resources()
-        assert not [target for target in expect_settled_while_open.fds.values() if target == "/dev/null"][1:]
+        with sock.makefile("rb") as lines:    # the socket is closed when both are
+            assert b"protocol" in lines.readline()
+            assert b"result" in lines.readline()
+            while_open = daemon.resources()
+        assert not [target for target in while_open.fds.values() if target == "/dev/null"][1:]
     expect_settled(daemon, before)
 
 
