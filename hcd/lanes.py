@@ -143,7 +143,9 @@ class ReactorLane:
         with trio.CancelScope(shield=True):  # the job runs in any case; whoever asked must know its outcome
             await done.wait()
         if errors:
-            raise errors[0]
+            # Taken out: this frame is in the traceback of the error. If it held on to it, both would keep the session and
+            # the guest memory of whoever called until the next garbage collection, which an idle daemon has none of.
+            raise errors.pop()
         return results[0]
 
     def attach(self, queue: Virtqueue) -> None:

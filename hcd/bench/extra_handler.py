@@ -128,7 +128,7 @@ def together(cases: Sequence[blk.BlkCase]) -> list[blk.BlkResult]:
     for thread in threads:
         thread.join()
     if errors:
-        raise errors[0]
+        raise errors.pop()
     return [results[index] for index in range(len(cases))]
 
 
