@@ -105,6 +105,10 @@ def handovers(directory: Path) -> dict[str, float]:
     return {outcome: metrics.total("hcd_handovers_total", outcome=outcome) for outcome in ("resumed", "failed")}
 
 
+def in_flight(directory: Path) -> float:
+    return Metrics(fetch(directory / "metrics.sock", "/metrics")).total("hcd_requests_inflight")
+
+
 def many_files(count: int) -> SharedMemory:
     """Guest memory in that many files."""
     return SharedMemory([MemorySlot(gpa=number << 24, size=1 << 20) for number in range(count)])
@@ -328,6 +332,7 @@ def test_a_process_that_dies_in_the_middle_of_a_message_ends_the_session(manage:
     manager = manage(STUCK)
     with Frontend.open(short_dir / "disk.sock", timeout=30) as front:
         disk_of(front).submit(BlockRequest(RequestType.IN, 0, length=BLOCK))
+        manager.until(lambda: in_flight(short_dir) == 1, "request in flight")  # a stopped ring takes no more
         front.send_raw(struct.pack("=IIIII", GET_VRING_BASE, VERSION, 8, 0, 0))
         state = manager.fd_of("state")
         manager.until(lambda: os.pread(state, 1, BUSY_AT) == b"\1", "message that is being handled")
