@@ -143,8 +143,8 @@ class ReactorLane:
         with trio.CancelScope(shield=True):  # the job runs in any case; whoever asked must know its outcome
             await done.wait()
         if errors:
-            # Taken out: this frame is in the traceback of the error. If it held on to it, both would keep the session and
-            # the guest memory of whoever called until the next garbage collection, which an idle daemon has none of.
+            # Taken out: this frame is in the traceback of the error. If it held on to it, both would keep the session
+            # and the guest memory of whoever called until the next garbage collection, and an idle daemon has none.
             raise errors.pop()
         return results[0]
 
