@@ -168,9 +168,12 @@ def _clock_words() -> list[str]:
     return [f"tsc_early_khz={float(found.group(1)) * 1000:.0f}"] if found else []
 
 
-def chardev(ident: str, socket: Path | str, *, reconnect: int = 0) -> list[str]:
-    """The connection to the back end that listens on ``socket``; ``reconnect`` in seconds, 0: made once."""
-    return ["-chardev", f"socket,id={ident}-socket,path={socket}" + (f",reconnect={reconnect}" if reconnect else "")]
+def chardev(ident: str, socket: Path | str, *, reconnect: str = "") -> list[str]:
+    """The connection to the back end that listens on ``socket``.
+
+    ``reconnect``: how this QEMU spells that it is made again, see ``hcd.qemu.version.reconnect``.
+    """
+    return ["-chardev", ",".join(filter(None, ["socket", f"id={ident}-socket", f"path={socket}", reconnect]))]
 
 
 def _device(name: str, ident: str, bus: str, properties: Sequence[str]) -> list[str]:
@@ -193,7 +196,7 @@ def block(
     ident: str = "disk0",
     queues: int = 1,
     packed: bool = False,
-    reconnect: int = 0,
+    reconnect: str = "",
     extra: Sequence[str] = (),
 ) -> list[str]:
     """A vhost-user block device on ``bus``."""
@@ -210,27 +213,38 @@ def rng(socket: Path | str, bus: str, *, ident: str = "rng0") -> list[str]:
     return chardev(ident, socket) + _device("vhost-user-rng", ident, bus, [f"chardev={ident}-socket"])
 
 
-def vsock(socket: Path | str, bus: str, *, ident: str = "vsock0") -> list[str]:
-    """A vhost-user socket device. The guest's CID is what the back end says."""
-    return chardev(ident, socket) + _device("vhost-user-vsock", ident, bus, [f"chardev={ident}-socket"])
+def vsock(socket: Path | str, bus: str, *, ident: str = "vsock0", reconnect: str = "") -> list[str]:
+    """A vhost-user socket device. The guest's CID is what the back end says. QEMU refuses ``reconnect``."""
+    connection = chardev(ident, socket, reconnect=reconnect)
+    return connection + _device("vhost-user-vsock", ident, bus, [f"chardev={ident}-socket"])
 
 
 def any_device(
-    socket: Path | str, bus: str, virtio_id: int, *, queues: int, config_size: int = 0, ident: str = "any0"
+    socket: Path | str,
+    bus: str,
+    virtio_id: int,
+    *,
+    queues: int,
+    config_size: int = 0,
+    ident: str = "any0",
+    reconnect: str = "",
 ) -> list[str]:
     """Whatever listens on ``socket``, by QEMU's front end for any device (from 10.2 on, virtio 1 only).
 
-    QEMU does not wait for a chardev that connects again by itself, and fails: so this one does not.
+    QEMU refuses ``reconnect``: it does not wait for a chardev that connects in the background.
     """
     told = [f"virtio-id={virtio_id}", f"num_vqs={queues}", f"config_size={config_size}"]
     properties = [f"chardev={ident}-socket", *told]
-    return chardev(ident, socket) + _device("vhost-user-test-device", ident, bus, properties)
+    connection = chardev(ident, socket, reconnect=reconnect)
+    return connection + _device("vhost-user-test-device", ident, bus, properties)
 
 
-def scsi(socket: Path | str, bus: str, *, ident: str = "scsi0", queues: int = 1) -> list[str]:
-    """A SCSI host on a vhost-user device; ``queues`` counts those for commands."""
+def scsi(
+    socket: Path | str, bus: str, *, ident: str = "scsi0", queues: int = 1, reconnect: str = ""
+) -> list[str]:
+    """A SCSI host on a vhost-user device; ``queues`` counts those for commands. ``reconnect``: QEMU >= 8.2."""
     properties = [f"chardev={ident}-socket", f"num_queues={queues}"]
-    return chardev(ident, socket) + _device("vhost-user-scsi", ident, bus, properties)
+    return chardev(ident, socket, reconnect=reconnect) + _device("vhost-user-scsi", ident, bus, properties)
 
 
 def net(

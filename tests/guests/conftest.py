@@ -52,21 +52,21 @@ def compile_static(tmp_path: Path, need: Callable[..., None]) -> Callable[[str],
 
 
 #: the first QEMU that has a front end for any device, and the release of Debian to take one from
-TEST_DEVICE_VERSION, TEST_DEVICE_SUITE = (10, 2), "forky"
+NEWER_VERSION, NEWER_SUITE = (10, 2), "forky"
 
 
 @pytest.fixture
-def test_device_qemu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, need: Callable[..., None]) -> None:
-    """Guests that the test boots have a QEMU with vhost-user-test-device: the installed one, or Debian's next."""
+def newer_qemu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, need: Callable[..., None]) -> None:
+    """Guests that the test boots have a QEMU that can do more than Debian 12's: the installed one, or Debian's next."""
     installed = shutil.which("qemu-system-x86_64")
-    if installed is not None and version_of(installed) >= TEST_DEVICE_VERSION:
+    if installed is not None and version_of(installed) >= NEWER_VERSION:
         return
     need("apt-get", "dpkg")
-    suite = TEST_DEVICE_SUITE
+    suite = NEWER_SUITE
     try:
         root = packages.unpacked(f"qemu-{suite}", lambda _: ["qemu-system-x86"], suite=suite, whole=True)
     except (RuntimeError, MissingToolError) as error:
-        pytest.skip(f"no QEMU {TEST_DEVICE_VERSION} is installed, and none can be had: {error}")
+        pytest.skip(f"no QEMU {NEWER_VERSION} is installed, and none can be had: {error}")
     program = tmp_path / "bin" / "qemu-system-x86_64"
     program.parent.mkdir()
     share = root / "usr" / "share"
@@ -77,7 +77,7 @@ def test_device_qemu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, need: Call
     )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
-    assert version_of(str(program)) >= TEST_DEVICE_VERSION
+    assert version_of(str(program)) >= NEWER_VERSION
 
 
 @pytest.fixture

@@ -72,7 +72,7 @@ def test_user_mode_linux_reports_its_memory(
     check_reports(hcd, boot_uml(JOB, [(short_dir / "mem.sock", BALLOON_ID)], DRIVER))
 
 
-@pytest.mark.usefixtures("test_device_qemu")
+@pytest.mark.usefixtures("newer_qemu")
 def test_a_guest_of_qemu_reports_its_memory(
     hcd: HcdProcess, short_dir: Path, boot: Callable[..., Guest]
 ) -> None:
