@@ -12,9 +12,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from hcd.demo.hcd_process import HcdProcess, Resources
+
+# How long an example takes says something about the machine, and nothing about the code.
+hypothesis.settings.register_profile("hcd", deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+hypothesis.settings.load_profile("hcd")
 
 #: no daemon of a test takes the default place of the control socket, no client looks there
 os.environ["HCD_CONTROL"] = ""

@@ -34,7 +34,7 @@ def job(device: str = "/dev/vda", depth: int = 32) -> str:
     return f"until_true 30 test -b {device}\nwriter {device} {depth} {SLOTS}"
 
 
-def wait_for_writes(guest: Guest, count: int, timeout: float = 120) -> int:
+def wait_for_writes(guest: Guest, count: int, timeout: float = 300) -> int:
     """Until at least ``count`` writes were acknowledged; how many it are then."""
     return int(guest.wait_until("writes", lambda said: int(said) >= count, timeout))
 

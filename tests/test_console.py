@@ -46,7 +46,7 @@ class Guest:
         room = self.driver.make_room(size or self._size)
         self._rooms[queue, self.driver.queues[queue].submit([], room)] = room
 
-    def take(self, queue: int, timeout: float = 5) -> list[bytes]:
+    def take(self, queue: int, timeout: float = 20) -> list[bytes]:
         """At least one message out of ``queue``; each buffer goes back empty."""
         found = []
         for used in self.driver.queues[queue].wait(timeout):
@@ -132,7 +132,7 @@ def fill(client: socket.socket, chunk: bytes = b"h" * 4096) -> int:
     return total
 
 
-def until(done: Callable[[], object], timeout: float = 5) -> None:
+def until(done: Callable[[], object], timeout: float = 20) -> None:
     deadline = time.monotonic() + timeout
     while not done():
         assert time.monotonic() < deadline

@@ -532,7 +532,7 @@ def packets() -> st.SearchStrategy[bytes]:
 
 
 @given(st.lists(st.tuples(packets(), st.integers(0, 3)), max_size=8), st.booleans())
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_garbage_raises_protocol_errors_and_loses_no_descriptor(
     conversation: list[tuple[bytes, int]], to_host: bool
 ) -> None:
@@ -550,7 +550,7 @@ def test_garbage_raises_protocol_errors_and_loses_no_descriptor(
 
 
 @given(packets())
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 def test_what_can_be_read_is_written_the_same(data: bytes) -> None:
     """There is one way to write a message down."""
     try:

@@ -514,5 +514,5 @@ def test_the_allocator_hands_out_disjoint_aligned_pieces_until_nothing_is_left()
 
 TestSplitRing = RingMachine.TestCase
 TestPackedRing = PackedMachine.TestCase
-TestSplitRing.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
-TestPackedRing.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
+TestSplitRing.settings = settings(max_examples=100, stateful_step_count=60)
+TestPackedRing.settings = settings(max_examples=100, stateful_step_count=60)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 from crash import Rig, abandon, answer, expect_all_served, number
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
@@ -210,7 +210,7 @@ def test_a_free_list_that_loops_is_refused() -> None:
     rig.close()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     packed=st.booleans(),
     scribbles=st.lists(st.tuples(st.integers(0, 320), st.sampled_from([0, 1, 2, 7, 8, 0x80, 0xFF])), max_size=12),
@@ -319,6 +319,4 @@ class PackedLives(Lives):
 
 TestSplitLives = Lives.TestCase
 TestPackedLives = PackedLives.TestCase
-TestSplitLives.settings = TestPackedLives.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+TestSplitLives.settings = TestPackedLives.settings = settings(max_examples=150, stateful_step_count=40)

@@ -13,7 +13,7 @@ from rings import Pair, make_pair
 from hcd.dataplane.reactor import Reactor, Watch
 from hcd.dataplane.virtqueue import Virtqueue
 
-LIMIT = 5.0
+LIMIT = 20.0
 
 
 class Running:

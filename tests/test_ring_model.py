@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rings import Pair, make_pair
 
@@ -254,7 +254,7 @@ STEPS = st.one_of(
 @pytest.mark.parametrize("in_order", [False, True], ids=["any-order", "in-order"])
 @pytest.mark.parametrize("event_idx", [False, True], ids=["flags", "event-idx"])
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=150, database=None)
 @given(position=POSITIONS, program=st.lists(STEPS, min_size=15, max_size=60))
 def test_driver_and_device_do_what_they_may(
     packed: bool, event_idx: bool, in_order: bool, position: int, program: list[tuple[Any, ...]]

@@ -767,7 +767,7 @@ def cut(data: bytes, places: Sequence[int]) -> list[bytes]:
     return [data[begin:end] for begin, end in itertools.pairwise(edges)]
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(
     start=st.sampled_from(STATES),
     chunks=st.lists(st.tuples(message | garbage, st.lists(st.integers(0, 400), max_size=3)), max_size=12),
@@ -806,7 +806,7 @@ def test_only_protocol_errors_and_every_descriptor_once(
     assert sorted(taken) == given_fds
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(data=st.binary(min_size=12, max_size=12))
 def test_any_header_is_a_length_or_a_protocol_error(data: bytes) -> None:
     try:

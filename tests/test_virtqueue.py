@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from rings import Pair, make_pair, map_table
@@ -752,8 +752,7 @@ class PackedMachine(RingMachine):
     packed = True
 
 
-MACHINE_SETTINGS = settings(max_examples=60, stateful_step_count=40, deadline=None,
-                            suppress_health_check=list(HealthCheck))
+MACHINE_SETTINGS = settings(max_examples=60, stateful_step_count=40)
 TestSplitMachine = RingMachine.TestCase
 TestSplitMachine.settings = MACHINE_SETTINGS
 TestPackedMachine = PackedMachine.TestCase

@@ -72,11 +72,11 @@ class Guest:
     ) -> None:
         self.close()
 
-    def wait_for(self, key: str, timeout: float = 90) -> str:
+    def wait_for(self, key: str, timeout: float = 300) -> str:
         """The value of ``key`` as soon as the guest says it (seconds); GuestFailedError if it never does."""
         return self.wait_until(key, lambda _value: True, timeout)
 
-    def wait_until(self, key: str, wanted: Callable[[str], bool], timeout: float = 90) -> str:
+    def wait_until(self, key: str, wanted: Callable[[str], bool], timeout: float = 300) -> str:
         """The same for a value of ``key`` that is ``wanted``."""
         deadline = time.monotonic() + timeout
         with self._changed:
@@ -92,7 +92,7 @@ class Guest:
                     raise self._failure(f"said no {key!r} that was waited for within {timeout:g} s")
             return self.values[key]
 
-    def wait(self, timeout: float = 90) -> dict[str, str]:
+    def wait(self, timeout: float = 300) -> dict[str, str]:
         """Wait for the job and for the power-off; what the guest said. GuestFailedError unless its status is 0."""
         status = self.wait_for("status", timeout)
         if status != "0":

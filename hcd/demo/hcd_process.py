@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 __all__ = ["HcdFailedError", "HcdProcess", "Metrics", "Resources"]
 
-_START_SECONDS = 20
+_START_SECONDS = 60
 
 
 class HcdFailedError(Exception):
@@ -176,12 +176,12 @@ class HcdProcess:
     def resources(self) -> Resources:
         return Resources(self.process.pid)
 
-    def stop(self, timeout: float = 15) -> None:
+    def stop(self, timeout: float = 60) -> None:
         """SIGTERM. HcdFailedError unless it exits with 0, in time, without a traceback in its log."""
         self.process.send_signal(signal.SIGTERM)
         self.wait(timeout)
 
-    def wait(self, timeout: float = 15) -> None:
+    def wait(self, timeout: float = 60) -> None:
         """The same checks for a daemon that ends by itself."""
         try:
             status = self.process.wait(timeout)

@@ -98,7 +98,7 @@ class BlockDriver:
         memory: SharedMemory,
         queue: Queue,
         *,
-        timeout: float = 5.0,
+        timeout: float = 20.0,
         big_endian: bool = False,
         polled: bool = False,
     ) -> None:

@@ -77,7 +77,7 @@ class Frontend:
         *,
         memory: SharedMemory | None = None,
         memory_size: int = 16 << 20,
-        timeout: float = 5.0,
+        timeout: float = 20.0,
         acks: bool = True,
     ) -> None:
         self.timeout = timeout
@@ -112,7 +112,7 @@ class Frontend:
         size: int = 128,
         memory: SharedMemory | None = None,
         memory_size: int = 16 << 20,
-        timeout: float = 5.0,
+        timeout: float = 20.0,
         acks: bool = True,
         version_1: bool = True,
         packed: bool = False,

@@ -40,7 +40,7 @@ class NetDriver:
         buffers: int = 32,
         buffer_size: int = 2048,
         big_endian: bool = False,
-        timeout: float = 5.0,
+        timeout: float = 20.0,
     ) -> None:
         self.memory, self.rx, self.tx = memory, rx, tx
         self.timeout = timeout

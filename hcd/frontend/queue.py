@@ -75,7 +75,7 @@ class Queue:
         kept, self._kept = self._kept, []
         return kept + self.ring.used()
 
-    def wait(self, timeout: float = 5.0) -> list[Used]:
+    def wait(self, timeout: float = 20.0) -> list[Used]:
         """Sleep on the call eventfd until at least one chain is used, and take out all that are.
 
         BackendError when ``timeout`` (seconds) runs out, the back end hangs up, or it reports a broken ring.
@@ -89,7 +89,7 @@ class Queue:
                 continue
             self._sleep(deadline)
 
-    def wait_for(self, token: int, timeout: float = 5.0) -> int:
+    def wait_for(self, token: int, timeout: float = 20.0) -> int:
         """Wait for one chain and return what the device wrote; others that finish stay for ``used``."""
         deadline = time.monotonic() + timeout
         others: list[Used] = []
@@ -106,7 +106,7 @@ class Queue:
         finally:
             self._kept = others + self._kept
 
-    def spin(self, timeout: float = 5.0) -> list[Used]:
+    def spin(self, timeout: float = 20.0) -> list[Used]:
         """As ``wait``, but by looking at the ring all the time. Whether interrupts are on is left as it is."""
         deadline = time.monotonic() + timeout
         while not (used := self.used()):
@@ -115,7 +115,7 @@ class Queue:
             time.sleep(0)  # the device may need this core
         return used
 
-    def poll(self, done: Callable[[], bool], timeout: float = 5.0) -> None:
+    def poll(self, done: Callable[[], bool], timeout: float = 20.0) -> None:
         """Sleep between calls of the device until ``done()``. For rings that are driven raw."""
         deadline = time.monotonic() + timeout
         while not done():

@@ -11,7 +11,7 @@ __all__ = ["EntropyDriver"]
 class EntropyDriver:
     """Draws bytes through one queue with one buffer at a time."""
 
-    def __init__(self, memory: SharedMemory, queue: Queue, *, size: int = 4096, timeout: float = 5.0) -> None:
+    def __init__(self, memory: SharedMemory, queue: Queue, *, size: int = 4096, timeout: float = 20.0) -> None:
         self.memory = memory
         self.queue = queue
         self.timeout = timeout

@@ -130,7 +130,7 @@ def test_guest_and_qemu_notice_no_restart(
         writes = writer.wait_for_writes(guest, writes + WRITES)
     sockets = {one["label"]: one["filename"] for one in open_qmp(short_dir / "qmp.sock").execute("query-chardev")}
     writer.stop(short_dir / "disk.img")
-    said = guest.wait(300)
+    said = guest.wait(480)
     print(f"{len(pauses)} restarts, {said['writes']} writes, pings {said['pinged']}, {said['draws']} KiB drawn; "
           f"pauses {min(pauses):.2f} to {max(pauses):.2f} s")
     assert "error" not in said

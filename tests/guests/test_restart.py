@@ -134,20 +134,20 @@ def outlive(
         verified = recovered = 0
         for _ in range(kills):
             goal = verified + WRITES
-            guest.wait_until("verified", lambda count, goal=goal: int(count) >= goal, 120)
+            guest.wait_until("verified", lambda count, goal=goal: int(count) >= goal, 300)
             acked = [int(n) for n in guest.values["acked"].split(",")]
             hcd.kill()
             check_image(image, acked, exact=False)
             verified = int(guest.values["verified"])
             hcd = start_hcd(kind.devices)
-            guest.wait_until("verified", lambda count, so_far=verified: int(count) > so_far, 120)
+            guest.wait_until("verified", lambda count, so_far=verified: int(count) > so_far, 300)
             recovered += sum(int(count) for count in re.findall(r"(\d+) requests were in flight", hcd.log_text))
         goal = verified + WRITES
-        guest.wait_until("verified", lambda count: int(count) >= goal, 120)
+        guest.wait_until("verified", lambda count: int(count) >= goal, 300)
         with image.open("r+b") as file:
             file.seek(THREADS * PLACES * BLOCK)
             file.write(b"stop")
-        said = guest.wait(180)
+        said = guest.wait(400)
         assert "error" not in said
         assert said["complaints"] == "0"
         check_image(image, [int(n) for n in said["final"].split(",")], exact=True)

@@ -77,7 +77,7 @@ def test_guest_reads_back_what_it_wrote(
     say "second=$(hash_of /tmp/out)"
     blkdiscard -o 2097152 -l 1048576 /dev/$second
     """
-    said = boot(vm_with_host(short_dir, bus), job, jobs.SCSI).wait(240)
+    said = boot(vm_with_host(short_dir, bus), job, jobs.SCSI).wait(400)
     assert said["sizes"] == f"{64 << 11} {32 << 11} {16 << 11}"
     assert said["block"] == "4096"
     assert said["cache"] == "write back"
@@ -105,7 +105,7 @@ def test_file_system_and_two_queues(short_dir: Path, start_hcd: Start, boot: Boo
         taskset -c $cpu dd if=/dev/$(disk_of first) of=/dev/null bs=64k count=16 iflag=direct 2>/dev/null
     done
     """
-    said = boot(vm_with_host(short_dir, "modern"), job, (*jobs.SCSI, "ext4"), tools=True).wait(240)
+    said = boot(vm_with_host(short_dir, "modern"), job, (*jobs.SCSI, "ext4"), tools=True).wait(400)
     assert said["queues"] == "2"
     assert said["file-written"] == said["file-read"]
     assert path.stat().st_blocks * 512 > 8 << 20
@@ -149,7 +149,7 @@ def test_disks_grow_and_come_and_go(short_dir: Path, start_hcd: Start, boot: Boo
     (short_dir / "late.img").unlink()
     look_again()
     assert guest.wait_for("gone", 100) == "1"
-    guest.wait(60)
+    guest.wait(300)
 
 
 #: commands of sg3_utils, each with what it says (a regular expression); "!" in front: it has to fail
@@ -195,7 +195,7 @@ def test_sg3_utils(short_dir: Path, start_hcd: Start, boot: Boot, need: Callable
         then say "{name}=ok"; else say "{name}=$status $(tr '\n' ' ' </tmp/said)"; fi
         """
     tools = tuple((program, "sg3-utils") for program in programs)
-    said = boot(vm_with_host(short_dir, "modern"), job, jobs.SCSI, tools=tools).wait(200)
+    said = boot(vm_with_host(short_dir, "modern"), job, jobs.SCSI, tools=tools).wait(400)
     assert {name: said[name] for name in SG} == dict.fromkeys(SG, "ok")
     assert hcd.metrics().total("hcd_handler_errors_total", device="host") == 0
 

@@ -136,7 +136,7 @@ def check_both_ways(guest: Guest, hcd: HcdProcess, short_dir: Path, echo: HostEc
         socks = [stack.enter_context(reach_guest(short_dir / "x.vsock")) for _ in range(MANY)]
         for done in [pool.submit(talk, sock, SMALL, salt) for salt, sock in enumerate(socks)]:
             done.result(120)
-    said = guest.wait(120)
+    said = guest.wait(300)
     assert said["echoed"] == "all"
     assert "Connection reset" in said["refused"]
     metrics = hcd.metrics()

@@ -25,7 +25,7 @@ from hcd.frontend.errors import FrontendError
 QUEUES = 2
 SECTOR = 512
 #: the longest that anything here may take (seconds); waits end as soon as their condition holds
-PATIENCE = 10.0
+PATIENCE = 30.0
 
 #: more than any module has tests
 VICTIMS = 160
