@@ -7,6 +7,7 @@ once, asks whether the device wants a *kick*, and later takes *used* chains out.
 from __future__ import annotations
 
 import abc
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -76,11 +77,14 @@ class DriverRing(abc.ABC):
         self.in_order = in_order
         self.free = size
         self._next_token = 0
+        #: what is out, by the number that the device gives back; and those numbers, as they were added
+        self._chains: dict[int, Chain] = {}
+        self._order: deque[int] = deque()
 
     @property
-    @abc.abstractmethod
     def outstanding(self) -> int:
         """How many chains are added and not yet taken out as used."""
+        return len(self._chains)
 
     @abc.abstractmethod
     def add(self, readable: Buffers, writable: Buffers, indirect: bool = False) -> int:
@@ -134,10 +138,32 @@ class DriverRing(abc.ABC):
             raise RingFull(f"{count} descriptors wanted, {self.free} of {self.size} free")
         self.free -= count
 
-    def _give_back(self, chain: Chain) -> None:
+    def _add(self, number: int, chain: Chain) -> int:
+        self._chains[number] = chain
+        self._order.append(number)
+        return chain.token
+
+    def _finish(self, number: int, written: int, done: list[Used]) -> None:
+        """The device is done with this chain; with IN_ORDER those before it too, wholly written (2.7.9, 2.8.9)."""
+        while self.in_order and self._order[0] != number:
+            self._take_out(self._order[0], self._chains[self._order[0]].writable, done)
+        self._take_out(number, written, done)
+
+    def _take_out(self, number: int, written: int, done: list[Used]) -> None:
+        chain = self._chains.pop(number)
+        if self._order[0] == number:
+            self._order.popleft()
+        else:
+            self._order.remove(number)
         self.free += chain.slots
         if chain.table is not None:
             self.memory.free(chain.table)
+        self._pass(chain)
+        done.append(Used(chain.token, written))
+
+    @abc.abstractmethod
+    def _pass(self, chain: Chain) -> None:
+        """``chain`` is taken out: its descriptors are free, and the ring goes on behind it."""
 
     def _token(self) -> int:
         self._next_token += 1

@@ -66,18 +66,12 @@ class PackedRing(DriverRing):
         self._ring[:] = bytes(16 * size)
         self._driver[0] = self._driver[1] = self._device[0] = self._device[1] = 0
         self._ids = deque(range(size))
-        self._chains: dict[int, Chain] = {}
-        self._order: deque[int] = deque()
         self._staged: list[tuple[int, int]] = []
         self._next_avail, self._avail_wrap = 0, 1
         self._next_used, self._used_wrap = 0, 1
         self._fresh = 0  # descriptors published since kick_needed was last asked
 
     # -- adding
-
-    @property
-    def outstanding(self) -> int:
-        return len(self._chains)
 
     def add(self, readable: Buffers, writable: Buffers, indirect: bool = False) -> int:
         segments = self._segments(readable, writable)
@@ -93,9 +87,7 @@ class PackedRing(DriverRing):
             self._stage(segment, buffer_id if last else NO_ID, flags, head=i == 0)
         token = self._token()
         writable_bytes = sum(length for _, length in writable)
-        self._chains[buffer_id] = Chain(token, len(segments), (buffer_id,), table, writable_bytes)
-        self._order.append(buffer_id)
-        return token
+        return self._add(buffer_id, Chain(token, len(segments), (buffer_id,), table, writable_bytes))
 
     def _stage(self, segment: Segment, buffer_id: int, flags: int, *, head: bool) -> None:
         """Write one descriptor; the flags of a head only when it is published."""
@@ -152,37 +144,19 @@ class PackedRing(DriverRing):
             _, written, buffer_id, flags = self.read_descriptor(self._next_used)
             if buffer_id not in self._chains:
                 raise DeviceRingError(f"used buffer id {buffer_id} is not out")
-            written = written if flags & WRITE else 0
-            if self.in_order:
-                self._finish_up_to(buffer_id, written, done)
-            else:
-                self._finish(buffer_id, written, done)
+            self._finish(buffer_id, written if flags & WRITE else 0, done)
         return done
 
     def _next_is_used(self) -> bool:
         flags = self._ring16[8 * self._next_used + 7]
         return bool(self._chains) and bool(flags & AVAIL) == bool(flags & USED) == bool(self._used_wrap)
 
-    def _finish_up_to(self, buffer_id: int, written: int, done: list[Used]) -> None:
-        """One used descriptor may stand for a batch: the chains before it count as wholly written."""
-        while self._order[0] != buffer_id:
-            first = self._order[0]
-            self._finish(first, self._chains[first].writable, done)
-        self._finish(buffer_id, written, done)
-
-    def _finish(self, buffer_id: int, written: int, done: list[Used]) -> None:
-        chain = self._chains.pop(buffer_id)
-        if self._order[0] == buffer_id:
-            self._order.popleft()
-        else:
-            self._order.remove(buffer_id)
-        self._ids.append(buffer_id)
-        self._give_back(chain)
+    def _pass(self, chain: Chain) -> None:
+        self._ids.extend(chain.ids)
         self._next_used += chain.slots
         if self._next_used >= self.size:
             self._next_used -= self.size
             self._used_wrap ^= 1
-        done.append(Used(chain.token, written))
 
     def enable_interrupts(self) -> bool:
         if self.event_idx:

@@ -67,18 +67,12 @@ class SplitRing(DriverRing):
         for area in (self._desc, self._avail.cast("B"), self._used):
             area[:] = bytes(len(area))
         self._unused = deque(range(size))
-        self._chains: dict[int, Chain] = {}
-        self._order: deque[int] = deque()
         self._next_avail = 0
         self._published = 0
         self._asked = 0
         self._last_used = 0
 
     # -- adding
-
-    @property
-    def outstanding(self) -> int:
-        return len(self._chains)
 
     def add(self, readable: Buffers, writable: Buffers, indirect: bool = False) -> int:
         segments = self._segments(readable, writable)
@@ -94,11 +88,9 @@ class SplitRing(DriverRing):
                 index, segment.gpa, segment.length, segment.flags | more * NEXT, ids[i + 1] if more else 0
             )
         token = self._token()
-        self._chains[ids[0]] = Chain(token, len(ids), ids, table, sum(length for _, length in writable))
-        self._order.append(ids[0])
         self.write_avail(self._next_avail % self.size, ids[0])
         self._next_avail = (self._next_avail + 1) & 0xFFFF
-        return token
+        return self._add(ids[0], Chain(token, len(ids), ids, table, sum(length for _, length in writable)))
 
     def _indirect_table(self, segments: list[Segment]) -> int:
         table = self.memory.alloc(16 * len(segments), 16)
@@ -135,29 +127,12 @@ class SplitRing(DriverRing):
             head, written = self.read_used(self._last_used % self.size)
             if head not in self._chains:
                 raise DeviceRingError(f"used descriptor {head} does not start a chain that is out")
-            if self.in_order:
-                self._finish_up_to(head, written, done)
-            else:
-                self._finish(head, written, done)
+            self._finish(head, written, done)
         return done
 
-    def _finish_up_to(self, head: int, written: int, done: list[Used]) -> None:
-        """One element may stand for a batch: the chains before ``head`` count as wholly written (2.7.9)."""
-        while self._order[0] != head:
-            first = self._order[0]
-            self._finish(first, self._chains[first].writable, done)
-        self._finish(head, written, done)
-
-    def _finish(self, head: int, written: int, done: list[Used]) -> None:
-        chain = self._chains.pop(head)
-        if self._order[0] == head:
-            self._order.popleft()
-        else:
-            self._order.remove(head)
+    def _pass(self, chain: Chain) -> None:
         self._unused.extend(chain.ids)
-        self._give_back(chain)
         self._last_used = (self._last_used + 1) & 0xFFFF
-        done.append(Used(chain.token, written))
 
     def enable_interrupts(self) -> bool:
         if self.event_idx:
