@@ -47,12 +47,13 @@
 #define HCD_POOL_BATCH 16           /* writes that a thread takes at once */
 #define HCD_POOL_TELL_NS 50000      /* the longest that a finished write waits for its batch */
 #define HCD_PIECES 128              /* of a scatter list, for one system call */
-#define HCD_ZEROES 65536
+#define HCD_PATTERN 65536           /* bytes that are written over and over */
 #define HCD_MAPPED_MOST (64 << 10)  /* a longer write is left to one system call */
 #define HCD_DETOUR (256 << 10)      /* bytes at once of a transfer that O_DIRECT does not take as it lies */
 #define HCD_ALIGNMENT 4096
 
-enum { HCD_READ, HCD_WRITE, HCD_FLUSH, HCD_DISCARD, HCD_ZERO };
+enum { HCD_READ, HCD_WRITE, HCD_FLUSH, HCD_DISCARD, HCD_ZERO, HCD_SAME, HCD_COMPARE };
+#define HCD_DIFFERENT EILSEQ        /* error of HCD_COMPARE: the file has other bytes than the request */
 enum { HCD_LINE_ANY, HCD_LINE_WRITES, HCD_LINES };
 
 typedef struct {
@@ -73,6 +74,7 @@ typedef struct hcd_job {
     uint64_t seq;
     hcd_range_t *ranges;
     uint32_t n_ranges;
+    char *pattern;                  /* HCD_PATTERN bytes for HCD_SAME, else NULL */
     int kind;
     int sync;                       /* on stable storage before it counts as done */
     int error;                      /* errno, 0 for success */
@@ -109,7 +111,7 @@ typedef struct {
     pthread_t handles[HCD_POOL_MOST];
 } hcd_pool;
 
-static const char hcd_zeroes[HCD_ZEROES];
+static const char hcd_zeroes[HCD_PATTERN] __attribute__((aligned(HCD_ALIGNMENT)));
 
 /* -- lists */
 
@@ -286,28 +288,29 @@ static int hcd_unsupported(void)
     return errno == EOPNOTSUPP || errno == ENOSYS || errno == ENOTTY || errno == EINVAL;
 }
 
-static int hcd_write_zeroes(hcd_pool *pool, const hcd_range_t *range)
+/* Fills a range with the HCD_PATTERN bytes of `pattern`, again and again. */
+static int hcd_write_over(hcd_pool *pool, const hcd_range_t *range, const char *pattern)
 {
     struct iovec iov[16];
-    uint64_t offset = range->offset, left = range->length;
-    while (left) {
+    uint64_t done = 0;
+    while (done < range->length) {
         int n = 0;
-        uint64_t planned = 0;
         if (__atomic_load_n(&pool->stopping, __ATOMIC_ACQUIRE))
             return ECANCELED;
-        while (planned < left && n < 16) {
-            iov[n].iov_base = (void *)hcd_zeroes;
-            iov[n].iov_len = left - planned < HCD_ZEROES ? left - planned : HCD_ZEROES;
-            planned += iov[n].iov_len;
-            n++;
+        for (uint64_t at = done; at < range->length && n < 16; n++) {
+            uint64_t phase = at % HCD_PATTERN, part = HCD_PATTERN - phase;
+            if (part > range->length - at)
+                part = range->length - at;
+            iov[n].iov_base = (void *)(pattern + phase);
+            iov[n].iov_len = part;
+            at += part;
         }
-        ssize_t got = pwritev(pool->fd, iov, n, (off_t)offset);
+        ssize_t got = pwritev(pool->fd, iov, n, (off_t)(range->offset + done));
         if (got < 0 && errno == EINTR)
             continue;
         if (got <= 0)
             return got < 0 ? errno : EIO;
-        offset += (uint64_t)got;
-        left -= (uint64_t)got;
+        done += (uint64_t)got;
     }
     return 0;
 }
@@ -330,7 +333,7 @@ static int hcd_zero_range(hcd_pool *pool, const hcd_range_t *range)
     }
     if (!hcd_unsupported())
         return errno;
-    return hcd_write_zeroes(pool, range);
+    return hcd_write_over(pool, range, hcd_zeroes);
 }
 
 /* Advice: where the file cannot free space, the range stays as it is. */
@@ -349,11 +352,45 @@ static int hcd_job_ranges(hcd_pool *pool, hcd_job *job)
         if (job->ranges[i].length == 0)
             continue;
         int error = job->kind == HCD_DISCARD ? hcd_discard_range(pool, &job->ranges[i])
+                    : job->kind == HCD_SAME  ? hcd_write_over(pool, &job->ranges[i], job->pattern)
                                              : hcd_zero_range(pool, &job->ranges[i]);
         if (error)
             return error;
     }
     return job->sync && fdatasync(pool->fd) != 0 ? errno : 0;
+}
+
+/* Whether the next n bytes of the request are `bytes`; the job stands behind those that are. */
+static int hcd_job_matches(hcd_job *job, const char *bytes, uint64_t n)
+{
+    while (n) {
+        uint64_t part = job->iov->iov_len - job->at;
+        if (part > n)
+            part = n;
+        if (memcmp((const char *)job->iov->iov_base + job->at, bytes, part) != 0)
+            return 0;
+        hcd_job_advance(job, part);
+        bytes += part;
+        n -= part;
+    }
+    return 1;
+}
+
+static int hcd_job_compare(int fd, hcd_job *job)
+{
+    char *buffer;
+    int error = posix_memalign((void **)&buffer, HCD_ALIGNMENT, HCD_DETOUR);
+    if (error)
+        return error;
+    while (job->left && !error) {
+        ssize_t got = pread(fd, buffer, job->left < HCD_DETOUR ? job->left : HCD_DETOUR, (off_t)job->offset);
+        if (got > 0)
+            error = hcd_job_matches(job, buffer, (uint64_t)got) ? 0 : HCD_DIFFERENT;
+        else if (got == 0 || errno != EINTR)
+            error = got ? errno : EIO;
+    }
+    free(buffer);
+    return error;
 }
 
 static void hcd_job_run(hcd_pool *pool, hcd_job *job)
@@ -364,6 +401,8 @@ static void hcd_job_run(hcd_pool *pool, hcd_job *job)
         job->error = hcd_job_move(pool->fd, job, pool->direct);
     else if (job->kind == HCD_FLUSH)
         job->error = fdatasync(pool->fd) != 0 ? errno : 0;
+    else if (job->kind == HCD_COMPARE)
+        job->error = hcd_job_compare(pool->fd, job);
     else
         job->error = hcd_job_ranges(pool, job);
 }

@@ -18,6 +18,7 @@ cdef extern from "_blockio.h" nogil:
         uint64_t moved
         hcd_range_t *ranges
         uint32_t n_ranges
+        char *pattern
         int kind
         int sync
         int error
@@ -65,7 +66,7 @@ cdef class BlockFile(BlockStore):
     cdef hcd_job *job(self, Request r, int kind) except NULL
     cdef int put(self, hcd_job *job) except -1
     cdef int transfer(self, Request r, uint64_t offset, uint64_t nbytes, uint64_t moved, int kind) except -1
-    cdef int range_job(self, Request r, object ranges, int kind) except -1
+    cdef hcd_job *range_job(self, Request r, object ranges, int kind) except? NULL
     cdef hcd_job *drop(self, hcd_job *job) noexcept
     cdef int finish_jobs(self) except -1
 

@@ -23,7 +23,8 @@ from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.errno cimport EAGAIN, EFAULT, EINTR, EOPNOTSUPP, errno
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcpy, memset
+from posix.stdlib cimport posix_memalign
+from libc.string cimport memcmp, memcpy, memset
 
 from hcd.dataplane.memory cimport guard_faults, guarded_copy
 from hcd.dataplane.virtqueue cimport Request, Virtqueue, cursor_t, iovec
@@ -55,7 +56,8 @@ cdef extern from "<sys/mman.h>" nogil:
     void *MAP_FAILED
 
 cdef extern from "_blockio.h" nogil:
-    int HCD_READ, HCD_WRITE, HCD_FLUSH, HCD_DISCARD, HCD_ZERO, HCD_PIECES, HCD_POOL_MOST
+    int HCD_READ, HCD_WRITE, HCD_FLUSH, HCD_DISCARD, HCD_ZERO, HCD_SAME, HCD_COMPARE, HCD_DIFFERENT
+    int HCD_PATTERN, HCD_ALIGNMENT, HCD_PIECES, HCD_POOL_MOST
     void hcd_list_clear(hcd_list *list)
     void hcd_list_add(hcd_list *list, hcd_job *job)
     hcd_job *hcd_list_take(hcd_list *list)
@@ -125,7 +127,7 @@ cdef class BlockStore:
     cdef int failed(self, Request r, int number, uint64_t moved) except -1:
         cdef Virtqueue q = r.vq
         cdef object error = OSError(number, os.strerror(number))
-        if number == ECANCELED:
+        if number == ECANCELED or number == HCD_DIFFERENT:
             return self.settle(r, IOERR, moved, error)
         if number == EFAULT:
             error = GuestError("the guest memory of the request went away")
@@ -334,10 +336,37 @@ cdef class BlockFile(BlockStore):
             self.put(self.job(request, HCD_FLUSH))
 
     def discard(self, Request request not None, ranges):
-        self.range_job(request, tuple(ranges), HCD_DISCARD)
+        cdef hcd_job *job = self.range_job(request, tuple(ranges), HCD_DISCARD)
+        if job != NULL:
+            self.put(job)
 
     def write_zeroes(self, Request request not None, ranges):
-        self.range_job(request, tuple(ranges), HCD_ZERO)
+        cdef hcd_job *job = self.range_job(request, tuple(ranges), HCD_ZERO)
+        if job != NULL:
+            self.put(job)
+
+    def write_same(self, Request request not None, uint64_t sector, uint64_t sectors, bytes block not None):
+        cdef hcd_job *job
+        cdef char *one = block
+        cdef int size = len(block), at
+        same_size(block, sectors)
+        job = self.range_job(request, ((sector, sectors, False),), HCD_SAME)
+        if job == NULL:
+            return
+        if posix_memalign(<void **>&job.pattern, HCD_ALIGNMENT, HCD_PATTERN) != 0:
+            self.drop(job)
+            raise MemoryError
+        for at in range(0, HCD_PATTERN, size):
+            memcpy(job.pattern + at, one, size)
+        self.put(job)
+
+    def compare(self, Request request not None, uint64_t sector, int64_t nbytes=-1):
+        if not self.placed(request, sector, request.r.left, &nbytes, False):
+            return
+        if nbytes == 0:
+            self.settle(request, OK, 0)
+            return
+        self.transfer(request, sector * SECTOR, nbytes, 0, HCD_COMPARE)
 
     def stored(self):
         if self.pool == NULL:
@@ -381,6 +410,8 @@ cdef class BlockFile(BlockStore):
         Py_DECREF(<object>job.memory)
         free(job.ranges)
         job.ranges = NULL
+        free(job.pattern)
+        job.pattern = NULL
         job.next = self.spare
         self.spare = job
         return next_one
@@ -407,11 +438,12 @@ cdef class BlockFile(BlockStore):
             job.at = r.r.at
         return self.put(job)
 
-    cdef int range_job(self, Request r, object ranges, int kind) except -1:
+    cdef hcd_job *range_job(self, Request r, object ranges, int kind) except? NULL:
+        """A job for ranges. NULL: there are such that cannot be, and ``r`` is completed."""
         cdef hcd_job *job
         cdef uint32_t i
         if not self.takes_ranges(r, ranges):
-            return 0
+            return NULL
         job = self.job(r, kind)
         job.ranges = <hcd_range_t *>malloc((len(ranges) + 1) * sizeof(hcd_range_t))
         if job.ranges == NULL:
@@ -422,7 +454,7 @@ cdef class BlockFile(BlockStore):
             job.ranges[i].offset = <uint64_t>ranges[i][0] * SECTOR
             job.ranges[i].length = <uint64_t>ranges[i][1] * SECTOR
             job.ranges[i].unmap = bool(ranges[i][2])
-        return self.put(job)
+        return job
 
     def submit(self):
         if self.batch.first == NULL:
@@ -534,6 +566,23 @@ cdef class BlockRam(BlockStore):
     def write_zeroes(self, Request request not None, ranges):
         self.zero_ranges(request, tuple(ranges))
 
+    def write_same(self, Request request not None, uint64_t sector, uint64_t sectors, bytes block not None):
+        cdef char *one = block
+        cdef uint64_t at = sector * SECTOR, end = at + sectors * SECTOR, size = len(block)
+        same_size(block, sectors)
+        if self.takes_ranges(request, ((sector, sectors, False),)):
+            while at < end:
+                memcpy(self.base + at, one, size)
+                at += size
+            self.settle(request, OK, 0)
+
+    def compare(self, Request request not None, uint64_t sector, int64_t nbytes=-1):
+        if self.placed(request, sector, request.r.left, &nbytes, False):
+            if matches(request, self.base + sector * SECTOR, nbytes):
+                self.settle(request, OK, 0)
+            else:
+                self.failed(request, HCD_DIFFERENT, 0)
+
     cdef int zero_ranges(self, Request r, tuple ranges) except -1:
         cdef uint64_t sector, count
         if not self.takes_ranges(r, ranges):
@@ -576,3 +625,24 @@ cdef void copy(Request r, char *at, uint64_t nbytes, bint out) noexcept:
         r.advance(k, out, piece.iov_len)
         at += piece.iov_len
         nbytes -= piece.iov_len
+
+
+cdef bint matches(Request r, const char *bytes, uint64_t nbytes) noexcept:
+    """Whether the next readable bytes of the request are these."""
+    cdef iovec piece
+    while nbytes:
+        r.slice(&r.r, True, nbytes, &piece, 1)
+        if memcmp(bytes, piece.iov_base, piece.iov_len) != 0:
+            return False
+        r.advance(&r.r, True, piece.iov_len)
+        bytes += piece.iov_len
+        nbytes -= piece.iov_len
+    return True
+
+
+cdef int same_size(bytes block, uint64_t sectors) except -1:
+    """ValueError unless ``block`` can be repeated over so many sectors."""
+    cdef int size = len(block)
+    if size not in (512, 1024, 2048, 4096) or sectors * SECTOR % size:
+        raise ValueError(f"a block of {size} bytes over {sectors} sectors")
+    return 0

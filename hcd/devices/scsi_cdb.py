@@ -105,6 +105,7 @@ class Sense:
     LUNS_CHANGED = SenseCode(6, 0x3F, 0x0E)
     WRITE_PROTECTED = SenseCode(7, 0x27, 0)
     NO_SPACE = SenseCode(7, 0x27, 0x07)
+    MISCOMPARE = SenseCode(14, 0x1D, 0)
 
 
 class Refused(Exception):

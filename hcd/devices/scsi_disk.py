@@ -34,8 +34,8 @@ from hcd.devices.scsi_pages import MAX_UNMAP_EXTENTS, WCE, Traits
 
 __all__ = ["OPERATIONS", "OP_EVENT", "OP_TASK", "Disk"]
 
-OPERATIONS = ("command", "read", "write", "flush", "unmap", "write_same", "task", "event")
-OP_COMMAND, OP_READ, OP_WRITE, OP_FLUSH, OP_UNMAP, OP_WRITE_SAME, OP_TASK, OP_EVENT = range(8)
+OPERATIONS = ("command", "read", "write", "flush", "unmap", "write_same", "verify", "task", "event")
+OP_COMMAND, OP_READ, OP_WRITE, OP_FLUSH, OP_UNMAP, OP_WRITE_SAME, OP_VERIFY, OP_TASK, OP_EVENT = range(9)
 SECTOR = 512
 #: bytes that one UNMAP or WRITE SAME may cover: of a file, of memory (which is cleared in the reactor)
 MOST_FILE, MOST_RAM = 1 << 30, 4 << 20
@@ -222,13 +222,20 @@ class Disk:
         self.store.flush(request)
 
     def _verify(self, request: Request, cdb: bytes) -> None:
-        self._placed(cdb)
-        if cdb[1] & 0x06:
-            raise Refused(Sense.INVALID_FIELD, 1)  # comparing is not offered
-        self._good(request)
+        """Without data nothing is read: the image is the host's to look after. With data they are compared."""
+        request.op = OP_VERIFY
+        where = self._placed(cdb)
+        compare = cdb[1] & 0x06
+        if compare & 0x04:
+            raise Refused(Sense.INVALID_FIELD, 1)  # one block with all of the medium
+        size = where.blocks * self.block_size if compare else 0
+        if size > request.readable:
+            scsi_reply.overrun(request)
+            return
+        scsi_reply.prepare(request, size)
+        self.store.compare(request, where.lba * self._factor, size)
 
     def _write_same(self, request: Request, cdb: bytes) -> None:
-        """Zeroes only: other patterns are refused."""
         request.op = OP_WRITE_SAME
         no_data = cdb[0] == Op.WRITE_SAME_16 and cdb[1] & 0x01
         if cdb[1] & 0x16 or (cdb[0] == Op.WRITE_SAME_10 and cdb[1] & 0x01):
@@ -241,12 +248,14 @@ class Disk:
         if used > request.readable:
             scsi_reply.overrun(request)
             return
-        if any(request.read(used)):
-            raise Refused(Sense.INVALID_PARAMETER)
+        block = request.read(used)
         scsi_reply.prepare(request)
         self.store.writethrough = not self.write_cache
-        unmap = bool(cdb[1] & 0x08)
-        self.store.write_zeroes(request, [(where.lba * self._factor, blocks * self._factor, unmap)])
+        first, sectors, unmap = where.lba * self._factor, blocks * self._factor, bool(cdb[1] & 0x08)
+        if any(block):
+            self.store.write_same(request, first, sectors, block)
+        else:
+            self.store.write_zeroes(request, [(first, sectors, unmap)])
 
     def _unmap(self, request: Request, cdb: bytes) -> None:
         request.op = OP_UNMAP
@@ -307,5 +316,8 @@ class Disk:
             scsi_reply.check(request, Sense.INTERNAL)
         elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             scsi_reply.check(request, Sense.NO_SPACE)
+        elif isinstance(error, OSError) and error.errno == errno.EILSEQ:
+            scsi_reply.check(request, Sense.MISCOMPARE)
         else:
-            scsi_reply.check(request, Sense.READ_ERROR if request.op == OP_READ else Sense.WRITE_ERROR)
+            reading = request.op in (OP_READ, OP_VERIFY)
+            scsi_reply.check(request, Sense.READ_ERROR if reading else Sense.WRITE_ERROR)

@@ -170,6 +170,9 @@ SG = {
     "verify": ("sg_verify --lba=0 --count=8 $disk", ""),
     "unmap": ("sg_unmap --force --lba=64 --num=64 $disk", ""),
     "same": ("sg_write_same --16 --lba=128 --num=64 --xferlen=512 --in=/dev/zero $disk", ""),
+    "pattern": ("sg_write_same --10 --lba=200 --num=3 --xferlen=512 --in=/pattern $disk", ""),
+    "compare": ("sg_verify --lba=201 --count=1 --ndo=512 --in=/pattern $disk", ""),
+    "miscompare": ("!sg_verify --lba=203 --count=1 --ndo=512 --in=/pattern $disk", "miscompare"),
     "stop": ("sg_start --stop $disk", ""),
     "stopped": ("!sg_turs $disk", "not ready"),
     "start": ("sg_start --start $disk", ""),
@@ -186,6 +189,7 @@ def test_sg3_utils(short_dir: Path, start_hcd: Start, boot: Boot, need: Callable
     image(short_dir / "first.img", 16)
     hcd = start_hcd(HOST.replace("DISKS", '"{dir}/first.img,serial=first"'))
     job = FIND_DISKS + "until_true 60 has_disk first\ndisk=/dev/$(disk_of first)\n"
+    job += "dd if=/dev/urandom of=/pattern bs=512 count=1 2>/dev/null\n"
     for name, (line, words) in SG.items():
         expected = "[ $status -ne 0 ]" if line.startswith("!") else "[ $status -eq 0 ]"
         job += f"""
@@ -198,6 +202,10 @@ def test_sg3_utils(short_dir: Path, start_hcd: Start, boot: Boot, need: Callable
     said = boot(vm_with_host(short_dir, "modern"), job, jobs.SCSI, tools=tools).wait(400)
     assert {name: said[name] for name in SG} == dict.fromkeys(SG, "ok")
     assert hcd.metrics().total("hcd_handler_errors_total", device="host") == 0
+    data = (short_dir / "first.img").read_bytes()
+    one = data[200 * 512 : 201 * 512]
+    assert len(set(one)) > 100
+    assert data[200 * 512 : 204 * 512] == one * 3 + bytes(512)
 
 
 def test_user_mode_linux(
