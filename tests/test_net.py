@@ -325,7 +325,7 @@ def test_stream_carries_frames_with_their_length(card: MakeCard, peer: Peer, fea
 
 
 def test_link_follows_the_peer_and_comes_back(card: MakeCard, peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hcd.devices.net_stream.PAUSE", 0.01)
+    monkeypatch.setattr("hcd.devices.connector.PAUSE", 0.01)
     device = stream_to(peer)
     changes = LinkChanges(device)
     a = card(device)
@@ -342,7 +342,7 @@ def test_link_follows_the_peer_and_comes_back(card: MakeCard, peer: Peer, monkey
 
 
 def test_peer_that_comes_later_is_found(card: MakeCard, short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hcd.devices.net_stream.PAUSE", 0.01)
+    monkeypatch.setattr("hcd.devices.connector.PAUSE", 0.01)
     device = net(backend="stream", stream=str(short_dir / "s"))
     changes = LinkChanges(device)
     a = card(device)
@@ -361,7 +361,7 @@ def test_peer_that_comes_later_is_found(card: MakeCard, short_dir: Path, monkeyp
 def test_peer_out_of_step_is_hung_up_on(
     card: MakeCard, peer: Peer, length: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("hcd.devices.net_stream.PAUSE", 0.01)
+    monkeypatch.setattr("hcd.devices.connector.PAUSE", 0.01)
     a = card(stream_to(peer))
     sock = peer.accept()
     sock.sendall(packed_frame(frame(mac(1), mac(2))) + length.to_bytes(4, "big") + b"more")

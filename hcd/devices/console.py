@@ -26,8 +26,11 @@ from hcd_protocols.virtio.ids import DeviceId
 from hcd.device import ConfigError, Device, DeviceError, Lane, Option, Request, Virtqueue
 from hcd.devices import console_control
 from hcd.devices.console_control import Control
-from hcd.devices.console_ends import ConnectEnd, End, FileEnd, ListenEnd, PtyEnd
+from hcd.devices.console_ends import End
+from hcd.devices.console_file import FileEnd
 from hcd.devices.console_port import OPERATIONS, Port
+from hcd.devices.console_pty import PtyEnd
+from hcd.devices.console_sockets import ConnectEnd, ListenEnd
 
 __all__ = ["Console"]
 

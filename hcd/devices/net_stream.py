@@ -20,12 +20,11 @@ import socket
 from typing import Any
 
 from hcd.device import ConfigError, Handle, Lane, Virtqueue
+from hcd.devices.connector import Connector
 from hcd.devices.net_link import Link
 
 __all__ = ["StreamLink"]
 
-#: seconds between two attempts to connect
-PAUSE = 1.0
 READ_SIZE = 1 << 17
 
 
@@ -42,39 +41,23 @@ class StreamLink(Link):
         self._writable: select.epoll | None = None
         self._read_watch: Handle | None = None
         self._write_watch: Handle | None = None
-        self._timer: Handle | None = None
         self._buffer = bytearray()
         self._receiving: set[Virtqueue] = set()
         self._held: set[Virtqueue] = set()
-        self._closed = False
-        self._complained = False
+        self._connector = Connector(path, f"stream {path}", self.log, self._connected)
 
     def open(self, lane: Lane, pairs: int) -> None:
         self._lane = lane
         if len(os.fsencode(self._path)) > 107:
             raise ConfigError(f"stream {self._path}: longer than the 107 bytes that a unix socket's path may have")
-        lane.post(self._connect)
+        self._connector.start(lane)
 
     def close(self) -> None:
         self._lane.post(self._end)
 
     # -- the connection
 
-    def _connect(self) -> None:
-        self._timer = None
-        if self._closed:
-            return
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-        try:
-            sock.connect(self._path)
-        except OSError as error:
-            sock.close()
-            if not self._complained:
-                self._complained = True
-                self.log.warning("stream %s: %s; trying again each second", self._path, error.strerror)
-            self._timer = self._lane.call_later(PAUSE, self._connect)
-            return
-        self._complained = False
+    def _connected(self, sock: socket.socket) -> None:
         self._socket = sock
         self._writable = select.epoll()
         self._writable.register(sock.fileno(), select.EPOLLOUT)
@@ -102,12 +85,10 @@ class StreamLink(Link):
         self._disconnect()
         self.up = False
         self.changed()
-        self._timer = self._lane.call_later(PAUSE, self._connect)
+        self._connector.again()
 
     def _end(self) -> None:
-        self._closed = True
-        if self._timer:
-            self._timer.cancel()
+        self._connector.stop()
         self._disconnect()
 
     # -- to the guest
