@@ -24,6 +24,7 @@ from hcd.handover.fdstore import FdStore
 from hcd.instruments import Instruments
 from hcd.lanes import Lanes, QueueLane
 from hcd.log import RateLimited
+from hcd.qmp_places import Place
 from hcd.wrappers import Stack, Wrapper
 
 __all__ = ["DeviceHost", "HostBase", "LeavingSession", "Observer", "Peer", "RingState", "SessionView"]
@@ -368,8 +369,14 @@ class DeviceHost(HostBase):
         else:
             self.set_path(Path.PIO, PathSource.NEGOTIATED, "legacy")
 
-    def set_path(self, path: Path, source: PathSource, kind: str | None = None) -> None:
-        """Every doorbell of the device rings over ``path``."""
+    def set_place(self, place: Place | None) -> None:
+        """Where the doorbells are; None: not known."""
+        for queue, doorbell in enumerate(self.doorbells):
+            doorbell.address = place.of(queue) if place else ""
+
+    def set_path(self, path: Path, source: PathSource, kind: str | None = None, place: Place | None = None) -> None:
+        """Every doorbell of the device rings over ``path``, at ``place`` if that is known."""
+        self.set_place(place)
         for doorbell in self.doorbells:
             known = path in doorbell.by_path
             doorbell.set_path(path, source, kind=kind)

@@ -8,6 +8,7 @@ connected to hcd's listening socket, which device uses that chardev, on which bu
 - vhost-user-* devices name their chardev in property "chardev". virtio-net-* names a netdev, and only the
   human monitor tells which chardev that uses: "n0: index=0,type=vhost-user,vhost-user0 to LABEL", a line
   per queue pair.
+- Where the doorbells are is a question of its own (:mod:`hcd.qmp_places`).
 - The type of the parent bus says which transport it is; the negotiated VERSION_1 (virtio 1.3 6) whether the
   driver is a legacy one; "modern-pio-notify" whether a modern one rings by port.
 
@@ -22,22 +23,20 @@ import logging
 import os
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import trio
 
+from hcd import qmp_places
 from hcd.doorbell import Path
 from hcd.qmp_client import QmpClient, QmpError, QmpRefused, connect
+from hcd.qom import children, devices, get
 
 __all__ = [
     "DeviceFacts",
     "PathAnswer",
     "ask",
     "chardev_of",
-    "children",
-    "devices",
     "find_path",
-    "get",
     "is_at",
     "netdev_chardevs",
     "path_of",
@@ -46,8 +45,6 @@ __all__ = [
 TIMEOUT = 10.0
 VIRTIO_F_VERSION_1 = 1 << 32
 
-_CONTAINERS = ("/machine/peripheral", "/machine/peripheral-anon")
-_CHILD = re.compile(r"child<(.+)>")
 _NETDEV = re.compile(r"^[\s\\]*(?P<id>\S+): .*\bvhost-user\d+ to (?P<label>.+?)\s*$", re.MULTILINE)
 
 Logger = logging.Logger | logging.LoggerAdapter  # type: ignore[type-arg]
@@ -62,15 +59,20 @@ class DeviceFacts:
     bus_type: str
     arch: str
     modern_pio_notify: bool | None  # None: not a virtio-pci device
+    where: qmp_places.Whereabouts = qmp_places.NOWHERE
 
 
 @dataclass(frozen=True, slots=True)
 class PathAnswer:
-    """QEMU's answer. ``kind`` is for hcd_doorbell_info, ``device`` names QEMU's device in log lines."""
+    """QEMU's answer. ``kind`` is for hcd_doorbell_info, ``device`` names QEMU's device in log lines.
+
+    ``place``: where the doorbells are; None: not known.
+    """
 
     path: Path
     kind: str
     device: str
+    place: qmp_places.Place | None = None
 
     def conflict(self, declared: Path | None) -> str:
         """What to tell the operator whose declared path is another one; "" when there is nothing to tell."""
@@ -111,19 +113,23 @@ async def find_path(
 def path_of(facts: DeviceFacts, features: int) -> PathAnswer | None:
     """The path that follows from QEMU's facts and the negotiated features; None: a transport unknown here."""
     device = f"{facts.type} ({facts.qom_path})"
+
+    def answer(path: Path, kind: str) -> PathAnswer:
+        return PathAnswer(path, kind, device, facts.where.of(kind))
+
     if facts.bus_type == "virtual-css-bus":
-        return PathAnswer(Path.HYPERCALL, "ccw", device)
+        return answer(Path.HYPERCALL, "ccw")
     if facts.bus_type == "virtio-mmio-bus":
-        return PathAnswer(Path.MMIO, "virtio-mmio", device)
+        return answer(Path.MMIO, "virtio-mmio")
     if facts.modern_pio_notify is None:
         return None
-    # Only x86 has ports of its own; elsewhere PCI's port space is a window of memory.
-    port = Path.PIO if facts.arch in ("x86_64", "i386") else Path.MMIO
-    if not features & VIRTIO_F_VERSION_1:
-        return PathAnswer(port, "legacy", device)
-    if facts.modern_pio_notify:
-        return PathAnswer(port, "modern-pio", device)
-    return PathAnswer(Path.MMIO, "modern", device)
+    if features & VIRTIO_F_VERSION_1 and not facts.modern_pio_notify:
+        return answer(Path.MMIO, "modern")
+    kind = "modern-pio" if features & VIRTIO_F_VERSION_1 else "legacy"
+    if facts.arch in ("x86_64", "i386"):
+        return answer(Path.PIO, kind)
+    # Elsewhere there are no ports: PCI's are a window of memory, and QEMU does not tell where it is.
+    return PathAnswer(Path.MMIO, kind, device)
 
 
 async def ask(qmp_socket: str, listening_path: str) -> DeviceFacts:
@@ -146,27 +152,6 @@ async def ask(qmp_socket: str, listening_path: str) -> DeviceFacts:
 
 
 # -- the questions
-
-
-async def get(qmp: QmpClient, path: str, property_: str) -> Any:
-    """A QOM property; None where the object has no such property."""
-    try:
-        return await qmp.execute("qom-get", path=path, property=property_)
-    except QmpRefused:
-        return None
-
-
-async def children(qmp: QmpClient, path: str) -> list[tuple[str, str]]:
-    """(path, type) of what stands under ``path``; nothing where there is no such object."""
-    try:
-        listed = await qmp.execute("qom-list", path=path)
-    except QmpRefused:
-        return []
-    return [
-        (f"{path}/{item.get('name')}", match[1])
-        for item in (listed if isinstance(listed, list) else [])
-        if isinstance(item, dict) and (match := _CHILD.fullmatch(str(item.get("type"))))
-    ]
 
 
 async def _chardevs_at(qmp: QmpClient, listening_path: str) -> set[str]:
@@ -202,11 +187,6 @@ def _same_file(path: str, ours: str, directory: str) -> bool:
     return ours.endswith("/" + os.path.normpath(path))
 
 
-async def devices(qmp: QmpClient) -> list[tuple[str, str]]:
-    """(path, type) of every device that was plugged in by the user."""
-    return [child for container in _CONTAINERS for child in await children(qmp, container)]
-
-
 async def chardev_of(qmp: QmpClient, path: str) -> str | None:
     """The label of the chardev that a device uses, directly or through its netdev."""
     label = await get(qmp, path, "chardev")
@@ -227,10 +207,14 @@ async def _facts(qmp: QmpClient, path: str, type_: str) -> DeviceFacts:
     notify = await get(qmp, path, "modern-pio-notify")
     target = await qmp.execute("query-target")
     arch = target.get("arch") if isinstance(target, dict) else None
+    where = qmp_places.NOWHERE
+    if isinstance(bus, str):
+        where = await qmp_places.find(qmp, path, bus, str(bus_type))
     return DeviceFacts(
         qom_path=path,
         type=type_,
         bus_type=str(bus_type or "unknown"),
         arch=str(arch or "unknown"),
         modern_pio_notify=notify if isinstance(notify, bool) else None,
+        where=where,
     )

@@ -8,6 +8,7 @@ import snapshots as make
 
 from hcd.control.collect import feature_names
 from hcd.control.snapshot import DeviceState, DoorbellState, QueueState, Snapshot, Times
+from hcd.qmp_places import Place
 
 __all__ = ["a_second_later", "snapshot"]
 
@@ -28,7 +29,8 @@ def queue(index: int, done: int, latency: Times, size: int = 128) -> QueueState:
 
 
 def bell(name: str, rings: int, response: Times, source: str = "qmp") -> DoorbellState:
-    return make.doorbell(name=name, source=source, rings=rings, wakeups=rings, response=response)
+    address = Place(0xFE003000, 2, 4).of(int(name)) if source == "qmp" else ""
+    return make.doorbell(name=name, source=source, address=address, rings=rings, wakeups=rings, response=response)
 
 
 def silent(name: str) -> DoorbellState:

@@ -95,6 +95,7 @@ class FakeQemu:
         self.path = path
         self.arch = "x86_64"
         self.network = ""
+        self.pci: Any = []
         self.tree: dict[str, dict[str, Any]] = {"/chardevs": {}, "/machine/peripheral": {}}
         self.tree["/machine/peripheral-anon"] = {}
         self.noise: list[dict[str, Any]] = []
@@ -121,6 +122,8 @@ class FakeQemu:
             return {"return": {"arch": self.arch}}
         if command == "human-monitor-command":
             return {"return": self.network}
+        if command == "query-pci":
+            return {"return": self.pci}
         found = self.tree.get(arguments["path"])
         if found is None:
             return {"error": {"class": "DeviceNotFound", "desc": "no such object"}}
@@ -488,3 +491,6 @@ async def test_qemu_is_asked_about_a_network_device(
     assert answer is not None
     assert (answer.path, answer.kind) == (path, kind)
     assert answer.device.startswith("virtio-net")
+    if kind == "ccw":
+        assert answer.place is not None
+        assert answer.place.of(1) == "fe.0.0000=1"

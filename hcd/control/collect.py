@@ -144,7 +144,7 @@ def _doorbell(bell: Doorbell, path: Path, stats: DoorbellStats) -> DoorbellState
         source=bell.source.value if current else PathSource.NONE.value,
         kind=bell.kind,
         transport=bell.transport,
-        address=bell.address,
+        address=bell.address if current else "",
         registered=bell.registered,
         rings=stats.rings,
         wakeups=stats.wakeups,

@@ -13,7 +13,7 @@ from typing import Any
 
 import trio
 
-from hcd import qmp
+from hcd import qmp, qom
 from hcd.device import Device, DeviceBase
 from hcd.doctor.command_line import front_of, mismatch
 from hcd.doctor.findings import Finding, error, note, warning
@@ -80,25 +80,25 @@ async def _look(client: QmpClient) -> Machine:
     machine = Machine(version, client.peer_pid(), client.peer_directory(), bool(kvm.get("enabled")))
     for item in await client.execute("query-memdev"):
         ident = str(item.get("id"))
-        kind = await qmp.get(client, f"/objects/{ident}", "type")
+        kind = await qom.get(client, f"/objects/{ident}", "type")
         machine.memory.append(Memory(ident, str(kind or "unknown"), bool(item.get("share"))))
     drivers = {label: driver async for label, driver in _on_chardevs(client)}
-    for found, kind in await qmp.children(client, "/chardevs"):
-        address = await qmp.get(client, found, "addr") if kind == "chardev-socket" else None
+    for found, kind in await qom.children(client, "/chardevs"):
+        address = await qom.get(client, found, "addr") if kind == "chardev-socket" else None
         if isinstance(address, dict) and address.get("type") == "unix":
             machine.chardevs.append(await _chardev(client, found, address, drivers))
     return machine
 
 
 async def _on_chardevs(client: QmpClient) -> Any:
-    for path, kind in await qmp.devices(client):
+    for path, kind in await qom.devices(client):
         if (label := await qmp.chardev_of(client, path)) is not None:
             yield label, kind
 
 
 async def _chardev(client: QmpClient, found: str, address: dict[str, Any], drivers: Mapping[str, str]) -> Chardev:
     label = found.rpartition("/")[2]
-    connected = await qmp.get(client, found, "connected")
+    connected = await qom.get(client, found, "connected")
     return Chardev(
         label=label,
         path=str(address.get("path", "")),

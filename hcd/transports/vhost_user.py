@@ -601,7 +601,9 @@ class _Session:
             host.log.warning("%s", conflict)
         elif host.path_is_open:
             host.log.info("rings come by %s: %s (%s)", answer.path, answer.device, answer.kind)
-            host.set_path(answer.path, PathSource.QMP, answer.kind)
+            host.set_path(answer.path, PathSource.QMP, answer.kind, answer.place)
+        else:
+            host.set_place(answer.place)
 
     def _give_up_path(self) -> None:
         """Rings that were counted aside for an answer that never came belong to no known path."""

@@ -166,6 +166,8 @@ def expect_rings() -> Callable[..., None]:
         known = [labels for labels, _ in metrics.series("hcd_doorbell_info", device=device)]
         assert known
         assert {(labels["path"], labels["source"]) for labels in known} == {(path, source)}
+        if source == "qmp":
+            assert len({labels["address"] for labels in known} - {""}) == len(known), known
         assert metrics.total("hcd_requests_total", device=device) > 0
         assert metrics.total("hcd_protocol_errors_total", device=device) == 0
         assert metrics.total("hcd_guest_errors_total", device=device) == 0

@@ -67,6 +67,10 @@ def test_every_ring_is_counted_once(
         ]
         ((info, _),) = metrics.series("hcd_doorbell_info", device="disk")
         assert (info["path"], info["source"], info["kind"]) == (path, "qmp", kind)
+        rung = ring.split()  # "outw 0xc010 0"
+        width = {"w": 2, "l": 4}[rung[0][-1]]
+        value = "" if kind == "modern" else "=0"
+        assert info["address"] == f"{int(rung[1], 0):#x}/{width}{value}"
 
 
 def test_a_bad_chain_through_qemu_breaks_the_ring_alone(
