@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
 
 import pytest
 from hcd_protocols.virtio.scsi import (
@@ -31,6 +32,8 @@ from hcd.demo.hcd_process import HcdProcess
 from hcd.device import ConfigError, DeviceError
 from hcd.devices.scsi import Scsi
 from hcd.devices.scsi_cdb import Op, Sense, SenseCode
+from hcd.devices.scsi_control import Events
+from hcd.devices.scsi_disk import Disk
 from hcd.frontend.errors import BackendError
 from hcd.options import defaults
 from hcd.testing import Driver, Exchange, ServedDevice, check_device, serve
@@ -442,6 +445,26 @@ def test_a_function_waits_for_what_is_in_flight(host: Callable[..., Initiator], 
             assert set(initiator.good(read10(number * 128, 128), 65536)) == {number}
 
 
+def test_commands_that_wait_for_a_function_whose_queue_stops_are_carried_out(
+    host: Callable[..., Initiator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The function fails; nobody is left who would let them go on later."""
+    initiator = host("ram:1M")
+    driver = initiator.driver
+    monkeypatch.setattr(Disk, "busy", True)
+    answer, room = driver.make_room(1, fill=9), driver.make_room(RESPONSE_SIZE, fill=9)
+    lun = TMF.pack(0, TaskFunction.ABORT_TASK_SET, pack_lun(0, 0), 0)
+    function = driver.queues[CONTROLQ].submit(driver.place(lun), answer)
+    until(lambda: served_by(initiator).metrics().total("hcd_requests_inflight", queue=str(CONTROLQ)) == 1)
+    held = driver.queues[REQUESTQ].submit(driver.place(command(bytes([Op.TEST_UNIT_READY]))), room)
+    until(lambda: served_by(initiator).metrics().total("hcd_requests_inflight", queue=str(REQUESTQ)) == 1)
+    driver.stop_queue(CONTROLQ)
+    assert driver.queues[CONTROLQ].wait_for(function) == 1
+    assert driver.gather(answer) == bytes([Response.FAILURE])
+    assert driver.queues[REQUESTQ].wait_for(held) == RESPONSE_SIZE
+    assert driver.gather(room) == bytes(RESPONSE_SIZE)
+
+
 def test_bad_requests_harm_nobody(host: Callable[..., Initiator]) -> None:
     """Short ones, without room, with types that do not exist: counted and given back."""
     initiator = host("ram:1M")
@@ -505,6 +528,26 @@ def test_a_missed_event_is_made_up_for(host: Callable[..., Initiator], image: Ca
     served_by(initiator).run(lambda: device.resize(None))
     assert initiator.driver.queues[EVENTQ].wait_for(token) == EVENT.size
     assert EVENT.unpack(initiator.driver.gather(room))[0] == Event.PARAM_CHANGE
+
+
+def test_buffers_without_room_for_an_event_do_not_hold_up_others() -> None:
+    """However many a driver gives, as fast as they are taken: what is left is for another turn."""
+
+    class Ring:
+        turns = 0
+        passive = False
+
+        def pop(self) -> Any:
+            return SimpleNamespace(writable=EVENT.size - 1, complete=lambda _: None)
+
+        def schedule(self) -> None:
+            self.turns += 1
+
+    events, ring = Events(), Ring()
+    events.start(cast(Any, ring))
+    events.report(Event.PARAM_CHANGE, bytes(8), 0)
+    events.refilled(cast(Any, ring))
+    assert ring.turns == 2
 
 
 def test_a_disk_comes_and_goes(host: Callable[..., Initiator], image: Callable[..., Path], tmp_path: Path) -> None:

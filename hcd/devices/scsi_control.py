@@ -39,6 +39,8 @@ ENDING = frozenset(
         *(TaskFunction.QUERY_TASK, TaskFunction.QUERY_TASK_SET),
     )
 )
+#: buffers for events that are looked at in one turn
+BURST = 64
 RESETS = frozenset((TaskFunction.LOGICAL_UNIT_RESET, TaskFunction.I_T_NEXUS_RESET))
 
 
@@ -76,10 +78,13 @@ class Gate:
             return False
         while self.functions:
             self.functions.popleft().end_for(self.disk)
+        self._release()
+        return True
+
+    def _release(self) -> None:
         while self.commands:
             request, cdb = self.commands.popleft()
             self.disk.execute(request, cdb)
-        return True
 
     def give_back(self, queue: Virtqueue) -> None:
         """``queue`` stops: what is held of it goes back."""
@@ -90,6 +95,8 @@ class Gate:
             scsi_reply.fail(request, Response.BUSY)
         self.functions = deque(held for held in self.functions if not held.request.completed)
         self.commands = deque(held for held in self.commands if not held[0].completed)
+        if not self.functions:
+            self._release()  # nobody is left for whom they wait
 
 
 def _answer(request: Request, response: Response) -> None:
@@ -167,7 +174,9 @@ class Events:
 
     def report(self, event: Event, lun: bytes, reason: int) -> None:
         queue = self._queue
-        while queue is not None:
+        if queue is None:
+            return
+        for _ in range(BURST):
             request = queue.pop()
             if request is None:
                 if queue.enable_kicks():  # one came just before the driver was asked to ring
@@ -183,3 +192,5 @@ class Events:
             request.complete()
             self._missed = False
             return
+        self._missed = True
+        queue.schedule()  # a driver that goes on giving buffers that are too small does not hold up others
