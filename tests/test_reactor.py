@@ -131,8 +131,10 @@ def test_rings_are_served(running: Running, packed: bool) -> None:
     os.close(kick)
 
 
-def test_a_busy_queue_leaves_turns_to_others() -> None:
-    """A turn takes at most its budget, so a queue that always has work does not starve another."""
+@pytest.mark.parametrize(("size", "per_turn"), [(1, 64), (64 << 10, 32), (1 << 20, 4)])
+def test_a_busy_queue_leaves_turns_to_others(size: int, per_turn: int) -> None:
+    """A turn takes at most its budget, of requests and of bytes, so a queue that always has work does not starve
+    another."""
     running = Running()
     busy, other = make_pair(size=256), make_pair(size=256)
     order: list[str] = []
@@ -150,9 +152,9 @@ def test_a_busy_queue_leaves_turns_to_others() -> None:
         return handler
 
     for pair in (busy, other):
-        buffer = pair.put(b"x")
+        buffer = pair.room(size)
         for _ in range(200):
-            pair.ring.add([buffer], [])
+            pair.ring.add([], [buffer])
         pair.ring.publish()
     gate = threading.Event()
     running.reactor.post(lambda: gate.wait(LIMIT))
@@ -172,7 +174,8 @@ def test_a_busy_queue_leaves_turns_to_others() -> None:
         running.reactor.post(adopt)
     gate.set()
     assert done.wait(LIMIT)
-    assert order == ["a64", "b64", "a64", "b64", "a64", "b64", "a8", "b8"]
+    turns = [per_turn] * (200 // per_turn) + [200 % per_turn] * (200 % per_turn > 0)
+    assert order == [f"{name}{count}" for count in turns for name in "ab"]
     running.close()
     for pair, kick in zip((busy, other), kicks, strict=True):
         pair.close()

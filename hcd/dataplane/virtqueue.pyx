@@ -83,6 +83,7 @@ if sys.byteorder != "little":
 
 cdef enum:
     BUDGET = 64               # requests of one turn: a busy queue leaves the reactor to the others after that many
+    HEAVY = 16                # log2 of the bytes (64 KiB) that count as one more request
     PUBLISH_AT = 32           # completions that a driver waits for at most before it sees the first
     PUBLISH_SOON = 8          # the same where it asks for one interrupt at a time (EVENT_IDX): it goes on while we do
 
@@ -504,7 +505,7 @@ cdef class Virtqueue:
         r = self.take()
         if r is None:
             raise StopIteration
-        self.budget -= 1
+        self.budget -= 1 + <int>min((r.c.out_size + r.c.in_size) >> HEAVY, <uint64_t>BUDGET)
         return r
 
     def pop(self):

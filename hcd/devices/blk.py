@@ -36,8 +36,8 @@ __all__ = ["Block"]
 SEG_MAX = 126
 #: limits of DISCARD and WRITE_ZEROES: sectors in one segment, segments in one request
 FILE_LIMITS = (1 << 21, 16)
-#: memory is cleared in the reactor: little enough to take well under a millisecond
-RAM_LIMITS = (1 << 13, 4)
+#: memory is cleared in the reactor: little enough to take well under a millisecond, and a turn of such few
+RAM_LIMITS = (1 << 13, 1)
 #: what a file system keeps together: the physical block size that guests are told
 PHYSICAL = 4096
 #: seconds between two log lines about the same kind of failure

@@ -37,8 +37,8 @@ __all__ = ["OPERATIONS", "OP_EVENT", "OP_TASK", "Disk"]
 OPERATIONS = ("command", "read", "write", "flush", "unmap", "write_same", "verify", "task", "event")
 OP_COMMAND, OP_READ, OP_WRITE, OP_FLUSH, OP_UNMAP, OP_WRITE_SAME, OP_VERIFY, OP_TASK, OP_EVENT = range(9)
 SECTOR = 512
-#: bytes that one UNMAP or WRITE SAME may cover: of a file, of memory (which is cleared in the reactor)
-MOST_FILE, MOST_RAM = 1 << 30, 4 << 20
+#: bytes that one UNMAP or WRITE SAME may cover: of a file, of memory (which is filled in the reactor)
+MOST_FILE, MOST_RAM = 1 << 30, 1 << 20
 
 #: commands that work while a unit attention is pending, and in spite of it (SPC-4, 4.5.6; SAM-5, 5.14)
 QUIET = frozenset((Op.INQUIRY, Op.REPORT_LUNS, Op.REQUEST_SENSE))
