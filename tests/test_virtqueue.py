@@ -599,6 +599,22 @@ def test_a_chain_has_so_many_pieces_at_most(packed: bool) -> None:
         pair.queue.stop()
 
 
+def test_a_request_that_names_the_same_memory_over_and_over_is_not_copied_whole() -> None:
+    """A guest of little memory does not make the daemon allocate much, unless a device asks for it."""
+    with SharedMemory([MemorySlot(0x100000, 4 << 20)]) as memory:
+        pair = make_pair(memory=memory, size=64)
+        piece = pair.room(1 << 20)
+        submit(pair, [piece] * 17, [])
+        request = pair.queue.pop()
+        assert request is not None
+        with pytest.raises(GuestError, match="17825792 readable bytes left, more than 16777216"):
+            request.read()
+        assert len(request.read(1 << 20)) == 1 << 20
+        assert len(request.read()) == 16 << 20
+        request.complete()
+        pair.queue.stop()
+
+
 def test_a_ring_that_breaks_leaves_the_handler_what_it_has(pair: Pair) -> None:
     """Whoever hears of it must not fail the request that the handler still holds: it looked for one more."""
     seen: list[Any] = []

@@ -9,6 +9,7 @@ cdef enum:
     WAITS = 3                 # completed, but IN_ORDER wants an older one first
     DONE = 4
     IOV_BATCH = 64
+    READ_MOST = 16 << 20      # bytes that read() copies unless it is told how many
 
 
 cdef class _Piece:
@@ -151,6 +152,8 @@ cdef class Request:
         cdef uint64_t n, have = 0
         cdef iovec piece
         self.live()
+        if nbytes < 0 and self.r.left > READ_MOST:
+            raise GuestError(f"the request has {self.r.left} readable bytes left, more than {READ_MOST} at once")
         n = self.r.left if nbytes < 0 or <uint64_t>nbytes > self.r.left else <uint64_t>nbytes
         cdef bytes out = PyBytes_FromStringAndSize(NULL, n)
         cdef char *to = out

@@ -35,7 +35,8 @@ class Request:
     def u16(self, offset: int) -> int: ...  # GuestError past its end; the cursor stays
     def u32(self, offset: int) -> int: ...
     def u64(self, offset: int) -> int: ...
-    def read(self, nbytes: int = -1) -> bytes: ...  # at most nbytes, from the cursor
+    # at most nbytes, from the cursor. -1: all, GuestError for more than 16 MiB: descriptors may all name the same memory
+    def read(self, nbytes: int = -1) -> bytes: ...
     def skip(self, nbytes: int) -> None: ...  # the read cursor
     def write(self, data: Buffer) -> int: ...  # returns what fitted
     def write_at(self, offset: int, data: Buffer) -> None: ...  # absolute; GuestError past the end; cursor stays
