@@ -25,6 +25,7 @@ import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from weakref import WeakSet
 
 from hcd_protocols.vhost_user.features import TransportFeature
 
@@ -37,10 +38,6 @@ from hcd.errors import DeviceError, GuestError, ProtocolError
 from hcd.host import DeviceHost, RingState
 
 __all__ = ["Backend", "eventfd_count"]
-
-#: virtio 1.3, 6
-RING_PACKED = 1 << 34
-
 
 #: where a ring begins that the driver has just made, split and packed
 _NEW_RINGS = frozenset({0, 0x8000, 0x80008000})
@@ -79,7 +76,7 @@ class Backend:
         self.alarm = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.inflight: Inflight | None = None
         self._own_inflight = False
-        self._abandoned: list[MemoryTable] = []  # memory of requests that were given up on while others went on
+        self._tables: WeakSet[MemoryTable] = WeakSet()  # also those that requests in flight keep: they go with us
         self._vrings = [self._make_vring(index, bell) for index, bell in enumerate(host.doorbells)]
 
     def _make_vring(self, index: int, doorbell: Doorbell) -> _Vring:
@@ -112,7 +109,7 @@ class Backend:
             RingState(
                 index=vring.queue.index,
                 size=vring.queue.size if vring.queue.is_started else vring.num,
-                packed=bool(self.features & RING_PACKED),
+                packed=bool(self.features & TransportFeature.RING_PACKED),
                 started=vring.queue.is_started,
                 enabled=vring.enabled,
                 draining=bool(vring.on_drained),
@@ -138,6 +135,7 @@ class Backend:
     def set_memory(self, table: MemoryTable) -> None:
         """Use ``table`` from now on; rings that run take it over."""
         self.memory = table
+        self._tables.add(table)
         table.set_alarm(self.alarm)
         for vring in self._vrings:
             vring.queue.set_memory(table)
@@ -365,16 +363,11 @@ class Backend:
             vring.queue.index, left, self.host.drain_timeout, age,
         )
         vring.queue.stats.handler_errors += left
-        self._abandoned.append(self.memory)
         self.set_memory(self.memory.twin())
-        self._revoke_abandoned()
-
-    def _revoke_abandoned(self) -> None:
-        if any(vring.active and vring.queue.inflight for vring in self._vrings):
-            return  # requests of running queues may still use it: at the end of the session, then
-        for table in self._abandoned:
-            table.revoke()
-        self._abandoned.clear()
+        if not any(one.active and one.queue.inflight for one in self._vrings):
+            for table in self._tables - {self.memory}:
+                table.revoke()
+        # else requests of running queues may still use it: it is revoked at the end of the session
 
     def _on_drained(self, queue: Virtqueue) -> None:
         vring = self._vrings[queue.index]
@@ -397,32 +390,36 @@ class Backend:
     def close(self) -> None:
         """Release everything: rings, fds, memory. Requests still in flight lose their memory."""
         for vring in self._vrings:
-            vring.on_drained.clear()
-            self._release_kick(vring)
-            if vring.queue.is_started:
-                vring.queue.stop()
-            self.host.lane.forget(vring.queue)
-            vring.queue.set_call(-1)
-            vring.queue.set_err(-1)
-            _close(vring.call)
-            _close(vring.err)
-            vring.call = vring.err = -1
-            vring.queue.set_doorbell(DoorbellStats())
-            vring.queue.set_memory(MemoryTable())
-            vring.queue.set_inflight(None)
-            if vring.queue.inflight:
-                self.host.log.warning("queue %d: %d requests were in flight when the front end went away; their late "
-                                      "answers go nowhere", vring.queue.index, vring.queue.inflight)
+            self._let_go(vring)
         for doorbell in self.host.doorbells:
             doorbell.on_change = None
         self._call_device(self.device.disconnect)
-        for table in (self.memory, *self._abandoned):
+        for table in self._tables:
             table.set_alarm(-1)
             table.revoke()
         self._release_inflight()
         _close(self.alarm)
         self.memory = MemoryTable()
-        self._abandoned.clear()
+
+    def _let_go(self, vring: _Vring) -> None:
+        queue = vring.queue
+        vring.on_drained.clear()
+        self._release_kick(vring)
+        if queue.is_started:
+            queue.stop()
+        self.host.lane.forget(queue)
+        queue.set_call(-1)
+        queue.set_err(-1)
+        _close(vring.call)
+        _close(vring.err)
+        vring.call = vring.err = -1
+        queue.set_doorbell(DoorbellStats())
+        queue.set_memory(MemoryTable())
+        queue.set_inflight(None)
+        queue.on_error = queue.on_drained = None  # methods of ours: a cycle, which an idle daemon never collects
+        if queue.inflight:
+            self.host.log.warning("queue %d: %d requests were in flight when the front end went away; their late "
+                                  "answers go nowhere", queue.index, queue.inflight)
 
     # -- errors of guests and handlers
 

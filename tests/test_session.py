@@ -13,15 +13,16 @@ from typing import Any, TypeVar
 
 import pytest
 import trio
+import trio.testing
 
 from hcd.config import DeviceSpec
 from hcd.dataplane.stats import HotText
-from hcd.device import Device, DeviceError, Request, Virtqueue
+from hcd.device import Device, DeviceError, GuestError, Request, Virtqueue
 from hcd.doorbell import Path as RingPath
 from hcd.doorbell import Registry
 from hcd.frontend.client import Frontend
 from hcd.frontend.errors import BackendError
-from hcd.frontend.memory import SharedMemory
+from hcd.frontend.memory import MemorySlot, SharedMemory
 from hcd.host import DeviceHost
 from hcd.lanes import open_lanes
 from hcd.transports import vhost_user
@@ -245,6 +246,35 @@ async def test_drain_timeout(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
         await s.in_thread(drive)
         await s.host.lane.run(lambda: device.kept.pop().complete(0))
         assert "1 requests did not end" in caplog.text
+
+
+async def test_memory_that_was_taken_out_before_the_end_is_taken_away_at_the_end(tmp_path: Path) -> None:
+    """A request that outlives its session reaches no guest memory, not even what left the table long before."""
+    device = Echo("dev", {})
+    device.release_on_stop = False
+    async with served(device, tmp_path, drain_timeout=0.1) as s:
+        def drive() -> None:
+            slots = [MemorySlot(gpa=number << 24, size=1 << 20) for number in range(2)]
+            with SharedMemory(slots) as memory, Frontend(s.path, memory=memory) as front:
+                front.negotiate()
+                front.share_memory()
+                queue = front.start_queue(0, region=0)
+                answer = memory.regions[1].gpa
+                queue.submit([(put(front, b"keep"), 4)], [(answer, 8)])
+                assert echo(front, b"next") == b"next"
+                memory.regions[:], left = memory.regions[:1], memory.regions[1]
+                front.share_memory()
+                memory.regions.append(left)
+
+        await s.in_thread(drive)
+        while s.host.connected:
+            await trio.testing.wait_all_tasks_blocked()
+        zeroes = os.memfd_create("zeroes")
+        os.ftruncate(zeroes, 8)
+        with pytest.raises(GuestError, match="went away"):
+            device.kept[0].preadv(zeroes, 0)
+        os.close(zeroes)
+        await s.host.lane.run(lambda: device.kept.pop().complete(0))
 
 
 async def test_second_front_end_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

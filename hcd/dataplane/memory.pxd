@@ -25,6 +25,7 @@ cdef class Region:
     cdef int place(self, void *p, size_t length, size_t inside) except -1
 
 cdef class MemoryTable:
+    cdef object __weakref__
     cdef readonly tuple regions
     cdef span_t *spans
     cdef int n
