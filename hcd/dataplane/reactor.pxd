@@ -12,8 +12,8 @@ cdef class Watch:
     cdef bint live
 
 cdef class Timer:
-    cdef readonly double when
-    cdef object callback
+    cdef Reactor reactor
+    cdef object callback      # None: it was called, or cancelled
 
 cdef class Reactor:
     cdef int ep
@@ -23,7 +23,8 @@ cdef class Reactor:
     cdef unsigned long thread  # of run(); 0 before it
     cdef object posts
     cdef list completed
-    cdef list timers
+    cdef list timers          # a heap: (when, a number, Timer)
+    cdef Py_ssize_t cancelled  # of these
     cdef long timer_seq
     cdef list ready
     cdef list dirty
@@ -49,6 +50,7 @@ cdef class Reactor:
     cdef int rouse(self, Virtqueue q) except -1
     cdef int run_posted(self) except -1
     cdef int run_timers(self) except -1
+    cdef int drop_cancelled(self) except -1
     cdef int call(self, callback) except -1
     cdef int flush_dirty(self) except -1
     cdef int gap_ended(self, uint64_t now) except -1

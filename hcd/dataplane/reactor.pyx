@@ -70,14 +70,18 @@ cdef class Watch:
         self.live = False
         epoll_ctl(self.reactor.ep, EPOLL_CTL_DEL, self.fd, NULL)
         self.reactor.watches.discard(self)
-        self.reactor.gone.append(self)       # epoll may have reported it already in this round
+        self.reactor.gone.append(self)       # epoll may have reported it already, to the dispatch that is under way
 
 
 cdef class Timer:
     """A callback that is due at some time."""
 
     def cancel(self):
-        self.callback = None
+        """Harmless when it was called already. Reactor thread only."""
+        if self.callback is not None:
+            self.callback = None
+            self.reactor.cancelled += 1
+            self.reactor.drop_cancelled()
 
 
 cdef class Reactor:
@@ -162,10 +166,10 @@ cdef class Reactor:
     def call_later(self, double seconds, callback):
         """Call ``callback`` once, ``seconds`` from now. Devices that are being opened call this on another thread."""
         cdef Timer t = Timer.__new__(Timer)
-        t.when = time.monotonic() + seconds
+        t.reactor = self
         t.callback = callback
         self.timer_seq += 1
-        heapq.heappush(self.timers, (t.when, self.timer_seq, t))
+        heapq.heappush(self.timers, (time.monotonic() + seconds, self.timer_seq, t))
         if PyThread_get_thread_ident() != self.thread:
             self.wake()        # it sleeps until a timer that is due later, or for ever
         return t
@@ -247,12 +251,12 @@ cdef class Reactor:
                 self.run_timers()
             if self.dirty:
                 self.flush_dirty()
+            if self.gone:
+                self.gone.clear()      # before it sleeps: they keep queues alive
             if self.ready:
                 self.round()
             elif not self.poll():
                 self.sleep()
-            if self.gone:
-                self.gone.clear()
         self.run_posted()
         self.flush_dirty()
         nudge_end()
@@ -327,8 +331,21 @@ cdef class Reactor:
         cdef double now = time.monotonic()
         while self.timers and self.timers[0][0] <= now:
             t = heapq.heappop(self.timers)[2]
-            if t.callback is not None:
-                self.call(t.callback)
+            if t.callback is None:
+                self.cancelled -= 1
+                continue
+            callback, t.callback = t.callback, None
+            self.call(callback)
+        return 0
+
+    cdef int drop_cancelled(self) except -1:
+        """A timer that is cancelled stays in the heap, but never are there more of these than of others: a guest may
+        have hours' worth of them made and cancelled."""
+        cdef Timer t
+        if 2 * self.cancelled > len(self.timers):
+            self.timers = [entry for entry in self.timers if (<Timer>entry[2]).callback is not None]
+            heapq.heapify(self.timers)
+            self.cancelled = 0
         return 0
 
     cdef int call(self, callback) except -1:

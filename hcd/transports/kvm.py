@@ -18,7 +18,7 @@ import array
 import errno
 import math
 import socket
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 from hcd_protocols.doorbell import (
@@ -94,6 +94,7 @@ class _Session:
         self._name = ""
         self._attachment: Attachment | None = None
         self._lost = False
+        self._last_words: tuple[str, int] | None = None
         token = trio.lowlevel.current_trio_token()
         report, self._changes = trio.open_memory_channel[_Change](math.inf)
         self._report_change = lambda added, gone: token.run_sync_soon(report.send_nowait, (added, gone))
@@ -125,39 +126,46 @@ class _Session:
                 await self._close()
 
     async def _serve(self) -> None:
-        try:
-            with trio.move_on_after(HELLO_TIMEOUT) as patience:
-                while self._attachment is None:
-                    await self._receive()
-                    await self._handle_all()
-            if patience.cancelled_caught:
-                raise ProtocolError(f"no whole greeting within {HELLO_TIMEOUT:g} s")
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._tell_changes)
-                while True:
-                    await self._receive()
-                    await self._handle_all()
-        except* _HungUp:
-            self._lost = True
-            self.host.log.info("VMM %s disconnected", self._shown())
-        except* ProtocolError as errors:
-            self._lost = True
-            await self._end_with(str(errors.exceptions[0]))
-        except* OSError as errors:
-            self._lost = True
-            self.host.log.warning("the connection of the VMM %s failed: %s", self._shown(), errors.exceptions[0])
-            self._conn.send_error(str(errors.exceptions[0]), errno.EIO)
+        async with trio.open_nursery() as nursery:
+            await self._until_it_ends(self._converse, nursery)
+        if self._last_words is not None:
+            # Descriptors first: one of them may be the VMM's own end of this socket.
+            sockets.close_all(self._conn.take_unclaimed_fds())
+            self._conn.send_error(*self._last_words)
             await _send_last(self._sock, self._conn)
 
-    async def _end_with(self, text: str) -> None:
-        self.host.protocol_errors += 1
-        self.host.rare_log.error(
-            "protocol errors", "the VMM %s broke the protocol: %s; its connection ends", self._shown(), text
-        )
-        # Descriptors first: one of them may be the VMM's own end of this socket.
-        sockets.close_all(self._conn.take_unclaimed_fds())
-        self._conn.send_error(text)
-        await _send_last(self._sock, self._conn)
+    async def _until_it_ends(self, part: Callable[[trio.Nursery], Awaitable[None]], nursery: trio.Nursery) -> None:
+        """Run one of the two tasks of the connection; the other ends with it.
+
+        Errors stay in here: one that left the nursery would keep itself and us in a cycle of references.
+        """
+        try:
+            await part(nursery)
+        except _HungUp:
+            self.host.log.info("VMM %s disconnected", self._shown())
+        except ProtocolError as error:
+            self.host.protocol_errors += 1
+            self.host.rare_log.error(
+                "protocol errors", "the VMM %s broke the protocol: %s; its connection ends", self._shown(), error
+            )
+            self._last_words = (str(error), errno.EPROTO)
+        except OSError as error:
+            self.host.log.warning("the connection of the VMM %s failed: %s", self._shown(), error)
+            self._last_words = (str(error), errno.EIO)
+        self._lost = True
+        nursery.cancel_scope.cancel()
+
+    async def _converse(self, nursery: trio.Nursery) -> None:
+        with trio.move_on_after(HELLO_TIMEOUT) as patience:
+            while self._attachment is None:
+                await self._receive()
+                await self._handle_all()
+        if patience.cancelled_caught:
+            raise ProtocolError(f"no whole greeting within {HELLO_TIMEOUT:g} s")
+        nursery.start_soon(self._until_it_ends, self._tell_changes, nursery)
+        while True:
+            await self._receive()
+            await self._handle_all()
 
     def _shown(self) -> str:
         pid = f"(pid {shown_pid(self.peer)})"
@@ -255,7 +263,7 @@ class _Session:
         attachment.expect(doorbells)
         return doorbells
 
-    async def _tell_changes(self) -> None:
+    async def _tell_changes(self, nursery: trio.Nursery) -> None:
         """The device changed its doorbells: tell the VMM."""
         attachment = self._attachment
         assert attachment is not None
