@@ -8,7 +8,6 @@ device --fd``. SIGHUP reads the configuration again (:mod:`hcd.reload`).
 
 from __future__ import annotations
 
-import gc
 import logging
 import signal
 import socket
@@ -33,7 +32,7 @@ from hcd.handover.fdstore import FdStore
 from hcd.handover.recovery import recover
 from hcd.lanes import Lanes, open_lanes
 from hcd.metrics import cold, server
-from hcd.reload import Reloader
+from hcd.reload import Reloader, settle_heap
 from hcd.supervisor import CLOSE_TIMEOUT, Supervisor, keep_up
 from hcd.systemd import Inherited, Notifier
 
@@ -137,8 +136,7 @@ async def _serve_all(daemon: _Daemon, stack: AsyncExitStack) -> None:
         daemon.failure = exc  # not raised here: it would leave the nurseries above as a group
         daemon.notifier.status(f"cannot start: {exc}")
         return
-    gc.collect()
-    gc.freeze()  # what exists now stays: no collection needs to walk it again
+    settle_heap()
     _log.info("ready: %s", ", ".join(host.spec.name for host in supervisor.hosts))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(watch.report_status, daemon.notifier, supervisor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
@@ -15,7 +16,7 @@ from hcd.errors import HcdError
 from hcd.supervisor import Plan, Supervisor
 from hcd.systemd import Notifier
 
-__all__ = ["FIXED", "Outcome", "Reloader"]
+__all__ = ["FIXED", "Outcome", "Reloader", "settle_heap"]
 
 #: what only a restart changes
 FIXED = (("[daemon] metrics", "metrics"), ("[control]", "control"))
@@ -61,6 +62,7 @@ class Reloader:
         async with self._one_at_a_time:
             self._notifier.reloading()
             self.last = outcome = await self._try()
+            settle_heap()
             self._notifier.ready(watch.describe(self._supervisor.hosts))
         return outcome
 
@@ -89,3 +91,11 @@ class Reloader:
         ]
         self.config = config
         return plan, notes
+
+
+def settle_heap() -> None:
+    """Devices have come and gone: collect those that are gone, whose parts refer to each other; what is left stays, and
+    no collection needs to walk it again. Takes 5 ms."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
