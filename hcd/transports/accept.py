@@ -48,19 +48,18 @@ async def accept_one_at_a_time(
     what: str,
     refuse: Callable[[trio.socket.SocketType], Awaitable[None]] | None = None,
     exit_on_disconnect: bool = False,
-    first: Session | None = None,
+    session: Session | None = None,
 ) -> None:
     """Serve the peers (``what``: "front end", "VMM") that connect to ``listener`` until cancelled.
 
     ``refuse`` tells one that it is refused. ``exit_on_disconnect``: return when the first session has ended.
-    ``first`` is a session that is there already. Cancelling ``host.accepting`` lets the session go on, and no other
+    ``session`` is one that is there already. Cancelling ``host.accept_scope()`` lets the session go on, and no other
     come.
     """
     accepting = trio.socket.from_stdlib_socket(listener)
     async with trio.open_nursery() as nursery:
-        session = first
-        if first is not None:
-            nursery.start_soon(_run_session, first, nursery if exit_on_disconnect else None)
+        if session is not None:
+            nursery.start_soon(_run_session, session, nursery if exit_on_disconnect else None)
         with host.accept_scope():
             while True:
                 try:
@@ -79,9 +78,11 @@ async def accept_one_at_a_time(
                         )
                         nursery.start_soon(_refuse, sock, refuse)
                         continue
-                    with sock:
+                    try:
                         await session.over.wait()
-                        sock = sock.dup()
+                    except BaseException:
+                        sock.close()
+                        raise
                 try:
                     session = make(sock)
                 except Exception as error:  # the device, when it is asked what it is

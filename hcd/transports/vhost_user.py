@@ -90,19 +90,19 @@ async def serve(
     their devices; that of this one is taken out and is the first.
     """
     qmp_path = _bound_path(listener) or host.spec.socket
-    earlier = handed.pop(host.spec.name, None) if handed else None
-    first = _session_of(earlier, host, qmp_path) if earlier is not None else None
     await accept_one_at_a_time(
         host,
         listener,
         lambda sock: _Session(host, sock, qmp_path=qmp_path),
         what="front end",
         exit_on_disconnect=exit_on_disconnect,
-        first=first,
+        session=_session_of(handed.pop(host.spec.name, None) if handed else None, host, qmp_path),
     )
 
 
-def _session_of(handed: Handed, host: DeviceHost, qmp_path: str) -> _Session | None:
+def _session_of(handed: Handed | None, host: DeviceHost, qmp_path: str) -> _Session | None:
+    if handed is None:
+        return None
     connection = trio.socket.from_stdlib_socket(handed.connection())
     try:
         return _Session(host, connection, qmp_path=qmp_path, handed=handed)
@@ -189,18 +189,19 @@ class _Session:
     async def run(self) -> None:
         """Serve until the front end goes, breaks the protocol, or this is cancelled. Raises nothing else."""
         host = self.host
+        handed, self._handed = self._handed, None
         backend = await host.lane.run(self._open)
         host.connected = True
         self._tell_observers("connected")
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch_memory, backend.alarm, nursery.cancel_scope)
-                if self._handed is None:
+                if handed is None:
                     host.rare_log.log(logging.INFO, "connections", "front end connected (pid %s)", shown_pid(self.peer))
                     await self._begin_keeping()
                     await self._serve(nursery)
-                elif await self._resume(self._handed):
-                    await self._serve(nursery)
+                elif await self._resume(handed):
+                    await self._serve(nursery, handed.record)
                 nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True):
@@ -216,11 +217,11 @@ class _Session:
         for observer in self.host.observers:
             observer.connection(what)
 
-    async def _serve(self, nursery: trio.Nursery) -> None:
+    async def _serve(self, nursery: trio.Nursery, earlier: Record | None = None) -> None:
         host = self.host
         try:
-            if self._handed is not None:
-                await self._catch_up(self._handed.record, nursery)
+            if earlier is not None:
+                await self._catch_up(earlier, nursery)
             while await self._message_is_there():
                 await self._take_message(nursery)
             return

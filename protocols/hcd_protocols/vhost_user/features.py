@@ -100,7 +100,7 @@ def missing_dependencies(features: int) -> tuple[ProtocolFeature, ProtocolFeatur
     well.
     """
     for feature, company in DEPENDENCIES.items():
-        missing = company & ~ProtocolFeature(features)
+        missing = company & ~features
         if feature & features and missing:
             return feature, missing
     return None
