@@ -439,6 +439,28 @@ def test_a_packed_ring_stopped_after_its_second_lap_goes_on_there() -> None:
     pair.close()
 
 
+def test_a_packed_ring_whose_first_slot_lies_inside_a_chain_goes_on_at_base_0() -> None:
+    """Such a slot looks like one of a new ring: made available in a lap that has gone by, and never marked used."""
+    pair = make_pair(packed=True, size=4)
+
+    def serve(descriptors: int) -> None:
+        submit(pair, [pair.put(b"x") for _ in range(descriptors)], [])
+        request = pair.queue.pop()
+        assert request is not None
+        assert request.read() == b"x" * descriptors
+        request.complete()
+        pair.queue.flush()
+        assert len(pair.ring.used()) == 1
+
+    for descriptors in (4, 3, 2, 3):  # the third goes on from the last slot to the first
+        serve(descriptors)
+    assert pair.queue.stop() == 0
+    pair.start(0)
+    assert pair.queue.pop() is None
+    serve(3)
+    pair.close()
+
+
 def test_late_completion_after_stop_is_forgotten(pair: Pair) -> None:
     """A request that outlives its ring changes nothing in the ring that follows."""
     submit(pair, [pair.put(b"x")], [pair.room(1)])

@@ -72,6 +72,19 @@ cdef int packed_indirect(vring_t *r, MemoryTable mem, chain_t *c, uint64_t table
     return 0
 
 
+cdef bint packed_was_used(const vring_t *r) noexcept nogil:
+    """Whether the ring stands at slot 0 with wrap counters 0 because it went once round: a used mark is left in it then.
+
+    What is made available in that lap has the same bit, so no look is too late. The first slot alone would not do: it
+    may lie inside a chain that began at the end of the ring, and is marked at its head only.
+    """
+    cdef uint32_t i
+    for i in range(r.size):
+        if hcd_load16(r.desc + 16 * i + 14) & PACKED_USED:
+            return True
+    return False
+
+
 cdef inline void packed_step(uint32_t size, uint16_t *slot, bint *wrap, uint32_t by) noexcept nogil:
     cdef uint32_t to = slot[0] + by
     if to >= size:

@@ -243,8 +243,8 @@ cdef class Virtqueue:
         if base >> 16 == 0 and base & 0x8000:
             base |= base << 16
         # User-mode Linux sends 0 for a new ring too, whose wrap counters are 1 all the same. 0 is also where a ring
-        # stands after every second lap, but then its first descriptor is marked used from the lap before.
-        elif base == 0 and not hcd_load16(r.desc + 14) & PACKED_USED:
+        # stands after every second lap; only a new ring has no used mark in it.
+        elif base == 0 and not packed_was_used(r):
             base = 0x80008000
         r.last_avail = base & 0x7fff
         r.avail_wrap = (base >> 15) & 1
