@@ -55,7 +55,7 @@ class UnixListener:
             self.socket.listen(BACKLOG)
         except OSError as exc:
             self.socket.close()
-            raise ConfigError(f"cannot listen on {path}: {exc.strerror}") from exc
+            raise ConfigError(f"cannot listen on {path}: {exc.strerror or exc}") from exc
 
     def _permit(self, permit: Callable[[str], None]) -> None:
         try:

@@ -122,7 +122,7 @@ def counted(served: ServedDevice, name: str, **labels: str) -> float:
 def test_declaration(path: str) -> None:
     device = Vsock("v", options.defaults(Vsock.options) | {"uds_path": path, "guest_cid": 77})
     assert device.config() == (77).to_bytes(8, "little")
-    assert (device.virtio_id, device.num_queues, device.features) == (19, 3, 1)
+    assert (device.virtio_id, device.num_queues, device.features) == (19, 3, 3)
 
 
 @pytest.mark.parametrize(("given", "text"), [(None, '"uds-path" is missing'), ("/" + "x" * 97, "longer than the 107")])
@@ -132,7 +132,7 @@ def test_paths_that_cannot_be_are_refused(given: str | None, text: str) -> None:
 
 
 def test_it_keeps_the_contract(path: str) -> None:
-    check_device(Vsock, {"uds-path": path})
+    check_device(Vsock, {"uds-path": path, "seqpacket-path": f"{path}.seqpacket"})
 
 
 def test_a_socket_in_use_is_not_taken_away(path: str) -> None:

@@ -1,7 +1,9 @@
-"""Socket device (virtio 1.3, 5.10): streams between programs of a guest and unix sockets of the host.
+"""Socket device (virtio 1.3, 5.10): streams and messages between programs of a guest and unix sockets of the host.
 
 A program of the host that connects to ``uds-path`` and says ``CONNECT 1234`` reaches what listens on port 1234 in the
-guest. A program of the guest that connects to CID 2, port 1234, reaches what listens on ``uds-path``_1234.
+guest. A program of the guest that connects to CID 2, port 1234, reaches what listens on ``uds-path``_1234. Sockets of
+type SOCK_SEQPACKET carry messages: the guest reaches those that listen on the same paths, and is reached through
+``seqpacket-path``.
 
 Connections outlive a pause of the guest, whose queues stop and go on. They end when the guest is reset, which shows
 in rings that begin from the beginning, and when the front end goes away. A driver that goes on with its rings on a
@@ -12,6 +14,7 @@ keeps it; there the guest learns it from the answer to its next packet).
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,6 +53,7 @@ class Vsock(Device):
     vhost_user_type = "vsock"
     options = (
         Option("uds-path", "path", "the unix socket; PATH_PORT is what the guest reaches on the host (required)"),
+        Option("seqpacket-path", "path", "uds-path for SOCK_SEQPACKET; without it the host opens no such connections"),
         Option("guest-cid", "int", "the guest's context id", 3, minimum=MIN_CID, maximum=MAX_CID),
         Option("max-connections", "int", "connections at a time", 1023, minimum=1, maximum=65536),
         Option("buffer", "size", "bytes that a connection keeps of the guest at most", 64 << 10, minimum=4096,
@@ -59,7 +63,7 @@ class Vsock(Device):
         Metric("vsock_connections", "gauge", "Connections that are open, or about to be."),
         Metric("vsock_accepted_total", "counter", "Connections that came about, by who asked.", {"by": _SIDES}),
         Metric("vsock_refused_total", "counter", "Connections that did not, by who asked.", {"by": _SIDES}),
-        Metric("vsock_payload_bytes_total", "counter", "Bytes of the streams, by who gets them.", {"to": _SIDES}),
+        Metric("vsock_payload_bytes_total", "counter", "Bytes of the connections, by who gets them.", {"to": _SIDES}),
     )
 
     def __init__(self, name: str, options: Mapping[str, Any]) -> None:
@@ -74,10 +78,10 @@ class Vsock(Device):
         self._counts = _Counts(self)
         self._table = Table(
             self._cid, limit=self.option["max_connections"], buffer=self.option["buffer"],
-            reach=lambda port: reach(self._path, port), counts=self._counts,
+            reach=lambda port, kind: reach(self._path, port, kind), counts=self._counts,
         )
         self._lane: Lane
-        self._door: Door
+        self._doors: list[Door] = []
         self._events: Virtqueue | None = None
         self._started: set[int] = set()  # queues that ran since the front end came
         self._anew: set[int] = set()  # those that were started again, from their beginning
@@ -91,7 +95,7 @@ class Vsock(Device):
 
     @property
     def features(self) -> int:
-        return int(VsockFeature.STREAM)
+        return int(VsockFeature.STREAM | VsockFeature.SEQPACKET)
 
     def config(self) -> bytes:
         return CONFIG.pack(self._cid)
@@ -100,18 +104,26 @@ class Vsock(Device):
 
     def open(self, lane: Lane) -> None:
         self._lane = lane
-        self._door = Door(self._path, self._table.enter)
+        self._doors = [Door(self._path, socket.SOCK_STREAM, self._table.enter)]
+        if path := self.option["seqpacket_path"]:
+            try:
+                self._doors.append(Door(path, socket.SOCK_SEQPACKET, self._table.enter))
+            except BaseException:
+                self._doors.pop().close()
+                raise
         lane.post(self._start)
 
     def _start(self) -> None:
         self._table.start(self._lane)
-        self._door.start(self._lane, self._table.poller)
+        for door in self._doors:
+            door.start(self._lane, self._table.poller)
 
     def close(self) -> None:
         self._lane.post(self._end)
 
     def _end(self) -> None:
-        self._door.close()
+        for door in self._doors:
+            door.close()
         self._table.close()
 
     def disconnect(self) -> None:

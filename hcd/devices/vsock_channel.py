@@ -1,5 +1,7 @@
 """A connection and the host's socket for it: bytes from one to the other, within the guest's credit and hcd's.
 
+This is a stream; for messages there is :mod:`hcd.devices.vsock_messages`.
+
 * Bytes of the guest go straight from its memory into the socket; what the socket does not take is kept, as much as
   the guest has credit for, and goes when the socket takes more.
 * Bytes of the host are read straight into the guest's receive buffers, and only when there is one, and credit: what
@@ -15,13 +17,13 @@ import select
 import socket
 from collections.abc import Callable
 
-from hcd_protocols.virtio.vsock import HEADER_SIZE, Op, Shutdown
+from hcd_protocols.virtio.vsock import HEADER_SIZE, Header, Op, Shutdown
 
 from hcd.device import Handle, Request
 from hcd.devices.vsock_connection import BOTH, Connection, State
 from hcd.devices.vsock_host import IN, OUT, Poller
 
-__all__ = ["Channel"]
+__all__ = ["CHUNK", "Channel"]
 
 #: bytes of one packet for the guest at most, and of one write to the host
 CHUNK = 64 << 10
@@ -60,9 +62,9 @@ class Channel:
         """The guest accepted what somebody on the host asked for."""
         self._send(b"OK %d\n" % self.connection.host_port)
 
-    def deliver(self, request: Request, size: int) -> None:
-        """``size`` bytes of payload, the next ones to be read from ``request``, go to the host."""
-        written = 0
+    def deliver(self, request: Request, header: Header) -> None:
+        """The payload of ``header``, the next bytes to be read from ``request``, goes to the host."""
+        size, written = header.len, 0
         if self._socket is None or self.connection.host_shut & Shutdown.RECEIVE:
             written = size
         elif not self._buffer:
@@ -77,19 +79,24 @@ class Channel:
             self._buffer += request.read(size - written)
         self.connection.forwarded(written)
 
+    @property
+    def _unsent(self) -> bool:
+        """Whether the socket is to be waited for, to get more bytes of the guest."""
+        return bool(self._buffer)
+
     def settle(self) -> None:
         """Bring the socket, and what is waited for, to the state of the connection."""
         connection = self.connection
         if self._socket is None:
             return
-        if connection.state is State.GONE and (self._hung_up or not self._buffer):
+        if connection.state is State.GONE and (self._hung_up or not self._unsent):
             self._close()
             return
-        if connection.guest_shut & Shutdown.SEND and not self._buffer:
+        if connection.guest_shut & Shutdown.SEND and not self._unsent:
             self._shutdown(socket.SHUT_WR)
         if connection.guest_shut & Shutdown.RECEIVE:
             self._shutdown(socket.SHUT_RD)
-        events = OUT if self._buffer else 0
+        events = OUT if self._unsent else 0
         if connection.may_send and not self._readable and not self._at_end:
             events |= IN
         if events != self._events and not self._hung_up:
@@ -103,7 +110,7 @@ class Channel:
 
     def end(self) -> None:
         """It is over for both sides, now."""
-        self._buffer.clear()
+        self._forget()
         self.leave()
 
     # -- to the guest
@@ -134,16 +141,15 @@ class Channel:
                 return self._complete(request, Op.RW, size)
 
     def _complete(self, request: Request, op: Op, size: int) -> int:
-        request.write_at(0, self.connection.header(op, size).to_bytes())
+        request.write_at(0, self.connection.header(op, size, self._data_flags() if op is Op.RW else 0).to_bytes())
         request.complete(HEADER_SIZE + size)
         self.settle()
         return size
 
     def _read(self, request: Request, room: int) -> int:
         """Bytes of the host into ``request``; 0 when there are none now, or will be none."""
-        assert self._socket is not None
         try:
-            size = request.preadv(self._socket.fileno(), -1, room)
+            size = self._receive(request, room)
             ended = size == 0
         except BlockingIOError:
             size, ended = 0, False
@@ -157,6 +163,15 @@ class Channel:
         self.settle()
         return size
 
+    def _receive(self, request: Request, room: int) -> int:
+        """The same; 0 is the end. BlockingIOError, OSError."""
+        assert self._socket is not None
+        return request.preadv(self._socket.fileno(), -1, room)
+
+    def _data_flags(self) -> int:
+        """Of the packet with what was received last."""
+        return 0
+
     # -- the socket
 
     def _ready(self, events: int) -> None:
@@ -164,7 +179,7 @@ class Channel:
             self._hang_up()
         elif events & IN:
             self._readable = True
-        if events & OUT and self._buffer:
+        if events & OUT and self._unsent:
             self._flush()
         self.settle()
         self._changed(self)
@@ -200,6 +215,10 @@ class Channel:
     def _host_takes_no_more(self) -> None:
         self.connection.shut(Shutdown.RECEIVE)
         self.connection.forwarded(len(self._buffer))
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what the host has not got of the guest."""
         self._buffer.clear()
 
     def _shutdown(self, how: int) -> None:

@@ -1,4 +1,4 @@
-"""One stream between a guest's port and a port of the host, without its sockets: states, credit, half-close.
+"""One connection of a guest's port with a port of the host, without its sockets: states, credit, half-close.
 
 Theory of operation (virtio 1.3, 5.10.6).
 
@@ -41,7 +41,16 @@ class Broken(Exception):
 class Connection:
     """The host's end of one connection. ``state`` is ACCEPTING for what the guest asked for, else ASKING."""
 
-    def __init__(self, guest_cid: int, guest_port: int, host_port: int, state: State, buf_alloc: int) -> None:
+    def __init__(
+        self,
+        guest_cid: int,
+        guest_port: int,
+        host_port: int,
+        state: State,
+        buf_alloc: int,
+        kind: SocketType = SocketType.STREAM,
+    ) -> None:
+        self.kind = kind
         self.guest_cid = guest_cid
         self.guest_port = guest_port
         self.host_port = host_port
@@ -84,6 +93,8 @@ class Connection:
 
         The payload of RW is the caller's to keep, ``header.len`` bytes of it; see :meth:`forwarded`.
         """
+        if header.type != self.kind:
+            raise Broken(f"a packet of type {header.type} in a connection of type {self.kind}")
         self.learn_credit(header)
         if header.op == Op.RST:
             self.state = State.GONE
@@ -154,6 +165,11 @@ class Connection:
         return max(0, self._guest_alloc - in_flight)
 
     @property
+    def guest_room(self) -> int:
+        """Bytes of the guest's whole buffer: a longer message never arrives."""
+        return self._guest_alloc
+
+    @property
     def may_send(self) -> bool:
         """Whether data of the host may be sent, as far as the guest has room for them."""
         return self.state is State.OPEN and not self.guest_shut & Shutdown.RECEIVE and not self.ending
@@ -181,9 +197,8 @@ class Connection:
             return Op.CREDIT_UPDATE
         return Op.CREDIT_REQUEST if self._question_owed else None
 
-    def header(self, op: Op, size: int = 0) -> Header:
-        """The header of a packet that is sent now; ``size`` bytes of payload for RW."""
-        flags = 0
+    def header(self, op: Op, size: int = 0, flags: int = 0) -> Header:
+        """The header of a packet that is sent now; ``size`` bytes of payload and ``flags`` for RW."""
         match op:
             case Op.REQUEST:
                 self._asked = True
@@ -201,7 +216,7 @@ class Connection:
         self._told = self._forwarded
         self._update_owed = False
         return Header(
-            HOST_CID, self.guest_cid, self.host_port, self.guest_port, size, SocketType.STREAM, op, flags,
+            HOST_CID, self.guest_cid, self.host_port, self.guest_port, size, self.kind, op, flags,
             self._buf_alloc, self._forwarded & _MASK,
         )
 

@@ -66,14 +66,14 @@ class Poller:
 
 
 class Door:
-    """The device's own socket. ``enter`` gets whoever comes in."""
+    """A socket of the device, for streams or for messages. ``enter`` gets whoever comes in."""
 
-    def __init__(self, path: str, enter: Callable[[socket.socket], None]) -> None:
-        self._listener = UnixListener(path)
+    def __init__(self, path: str, kind: socket.SocketKind, enter: Callable[[socket.socket], None]) -> None:
+        self._listener = UnixListener(path, kind)
         self._listener.socket.setblocking(False)
         self._enter = enter
         self._lane: Lane
-        self._poller: Poller
+        self._poller: Poller | None = None
         self._timer: Handle | None = None
 
     def start(self, lane: Lane, poller: Poller) -> None:
@@ -83,7 +83,8 @@ class Door:
     def close(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._poller.remove(self._listener.socket.fileno())
+        if self._poller is not None:
+            self._poller.remove(self._listener.socket.fileno())
         self._listener.close()
 
     def _knock(self, events: int) -> None:
@@ -92,6 +93,7 @@ class Door:
         except (BlockingIOError, ConnectionError):
             return
         except OSError:
+            assert self._poller is not None
             self._poller.remove(self._listener.socket.fileno())
             self._timer = self._lane.call_later(_PAUSE, self._again)
             return
@@ -100,6 +102,7 @@ class Door:
 
     def _again(self) -> None:
         self._timer = None
+        assert self._poller is not None
         self._poller.add(self._listener.socket.fileno(), IN, self._knock)
 
 
@@ -131,8 +134,9 @@ class Greeting:
     def _hear(self, events: int) -> None:
         try:
             waiting = self.socket.recv(_MAX_GREETING - len(self._said), socket.MSG_PEEK)
-            # What follows the line is for the guest, and stays in the socket.
-            line = self.socket.recv(waiting.find(b"\n") + 1 or len(waiting))
+            # What follows the line is for the guest, and stays in the socket. Of a message nothing would stay.
+            whole = self.socket.type is socket.SOCK_SEQPACKET
+            line = self.socket.recv(_MAX_GREETING if whole else waiting.find(b"\n") + 1 or len(waiting))
         except BlockingIOError:
             return
         except OSError:
@@ -141,13 +145,13 @@ class Greeting:
         if match := _CONNECT.fullmatch(self._said):
             port = int(match[1])
             self._decide(port if port <= 0xFFFFFFFF else None)
-        elif not line or line.endswith(b"\n") or len(self._said) >= _MAX_GREETING:
+        elif not line or b"\n" in line or len(self._said) >= _MAX_GREETING:
             self._decide(None)
 
 
-def reach(path: str, port: int) -> socket.socket:
-    """A connection to whoever listens for ``port``. OSError when nobody does."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+def reach(path: str, port: int, kind: socket.SocketKind) -> socket.socket:
+    """A connection to whoever listens for ``port`` with a socket of this kind. OSError when nobody does."""
+    sock = socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     try:
         sock.connect(f"{path}_{port}")
     except BaseException:

@@ -22,6 +22,7 @@ from hcd.device import Counter, Gauge, GuestError, Lane, Request, Virtqueue
 from hcd.devices.vsock_channel import Channel
 from hcd.devices.vsock_connection import Broken, Connection, State, reset_of
 from hcd.devices.vsock_host import Greeting, Poller
+from hcd.devices.vsock_messages import MessageChannel
 
 __all__ = ["Counts", "Table"]
 
@@ -38,6 +39,8 @@ ANSWER_TIME = 20.0
 RESERVED_FDS = 128
 
 _ROOM = bytes(HEADER_SIZE)
+#: sockets of the host by the type of a connection
+_KINDS = {SocketType.STREAM: socket.SOCK_STREAM, SocketType.SEQPACKET: socket.SOCK_SEQPACKET}
 
 
 class Counts(Protocol):
@@ -61,7 +64,7 @@ class Table:
         *,
         limit: int,
         buffer: int,
-        reach: Callable[[int], socket.socket],
+        reach: Callable[[int, socket.SocketKind], socket.socket],
         counts: Counts,
     ) -> None:
         self.poller = Poller()
@@ -189,7 +192,7 @@ class Table:
         if header.len > request.readable:
             raise GuestError(f"a packet of {header.len} bytes with {request.readable} bytes of payload")
         channel = self._channels.get((header.src_port, header.dst_port))
-        if header.dst_cid != HOST_CID or header.type != SocketType.STREAM:
+        if header.dst_cid != HOST_CID or header.type not in _KINDS:
             self._refuse(header)
         elif header.op == Op.REQUEST:
             if channel is not None:  # it knows nothing of that one: a guest that was restarted
@@ -213,7 +216,7 @@ class Table:
             self._review(channel)
             raise GuestError(f"port {header.src_port} to {header.dst_port}: {broken}") from None
         if header.op == Op.RW:
-            channel.deliver(request, header.len)
+            channel.deliver(request, header)
             self._counts.to_host.inc(header.len)
         elif asking and connection.state is State.OPEN:
             self._counts.accepted("host")
@@ -230,7 +233,7 @@ class Table:
     def _accept(self, header: Header) -> None:
         """The guest wants to reach a port of the host."""
         try:
-            sock = self._admitted(self._reach(header.dst_port))
+            sock = self._admitted(self._reach(header.dst_port, _KINDS[SocketType(header.type)]))
         except OSError:
             self._counts.refused("guest")
             self._refuse(header)
@@ -294,8 +297,10 @@ class Table:
     # -- channels
 
     def _add(self, sock: socket.socket, guest_port: int, host_port: int, state: State) -> Channel:
-        connection = Connection(self._guest_cid, guest_port, host_port, state, self._buffer)
-        channel = Channel(connection, sock, self.poller, self._changed)
+        messages = sock.type is socket.SOCK_SEQPACKET
+        kind = SocketType.SEQPACKET if messages else SocketType.STREAM
+        connection = Connection(self._guest_cid, guest_port, host_port, state, self._buffer, kind)
+        channel = (MessageChannel if messages else Channel)(connection, sock, self.poller, self._changed)
         self._channels[connection.key] = channel
         self._counts.open.set(len(self._channels))
         return channel

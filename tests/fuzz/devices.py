@@ -99,13 +99,13 @@ def _net() -> list[Template]:
 
 
 def _vsock() -> list[Template]:
-    """virtio 1.3, 5.10.6."""
+    """virtio 1.3, 5.10.6: streams of even ports of the guest, messages of odd ones."""
     def packet(op: int, port: int, payload: bytes = b"", flags: int = 0, credit: int = 1 << 16) -> Template:
-        head = struct.pack("<QQIIIHHIII", 3, 2, port, 1024 + port % 2, len(payload), 1, op, flags, credit, 0)
+        head = struct.pack("<QQIIIHHIII", 3, 2, port, 1024 + port % 2, len(payload), 1 + port % 2, op, flags, credit, 0)
         return head + payload, 44
 
     packets = [packet(op, port) for op in range(9) for port in (5000, 5001)]
-    packets += [packet(5, 5000, bytes(size)) for size in (1, 100, 4096, 65536)]
+    packets += [packet(5, port, bytes(size), flags=port % 2) for size in (1, 100, 4096, 65536) for port in (5000, 5001)]
     return [*packets, packet(4, 5000, flags=3), packet(6, 5000, credit=0), packet(1, 5002, credit=0xFFFF_FFFF)]
 
 
@@ -425,9 +425,7 @@ class DeviceFuzz:
         self.by_device: dict[str, int] = {}
         self._directory = tempfile.TemporaryDirectory(prefix="fuzz-")
         (Path(self._directory.name) / "disk").write_bytes(os.urandom(1 << 20))
-        self._listener = socket.socket(socket.AF_UNIX)  # what a guest's sockets reach; nobody ever accepts or reads
-        self._listener.bind(f"{self._directory.name}/vsock_1024")
-        self._listener.listen(1)
+        self._listeners = [self._listen(1024, socket.SOCK_STREAM), self._listen(1025, socket.SOCK_SEQPACKET)]
         self._complaints = _Complaints()
         self._log = logging.getLogger("hcd")
         self._log.addHandler(self._complaints)
@@ -436,10 +434,18 @@ class DeviceFuzz:
 
     def close(self) -> None:
         self._close_devices()
-        self._listener.close()
+        for listener in self._listeners:
+            listener.close()
         self._log.removeHandler(self._complaints)
         self._log.propagate = True
         self._directory.cleanup()
+
+    def _listen(self, port: int, kind: socket.SocketKind) -> socket.socket:
+        """What a guest's sockets reach; nobody ever accepts or reads."""
+        listener = socket.socket(socket.AF_UNIX, kind)
+        listener.bind(f"{self._directory.name}/vsock_{port}")
+        listener.listen(1)
+        return listener
 
     def describe(self) -> str:
         return "requests taken: " + ", ".join(f"{name} {count}" for name, count in self.by_device.items())

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,11 @@ type = "vsock"
 socket = "{dir}/vu.sock"
 [device.options]
 uds-path = "{dir}/x.vsock"
+seqpacket-path = "{dir}/x.messages"
 guest-cid = 42
 """
+#: as in vsock_peer.c
+MESSAGES = (1, 100, 4052, 4053, 60000, 65536)
 
 JOB = f"""
 until_true 10 test -c /dev/vsock
@@ -46,6 +49,8 @@ vsock_peer echo {GUEST} {1 + MANY}
 say echoed=all
 if vsock_peer talk {HOST + 1} 1 1 2>/tmp/refused; then false; fi
 say "refused=$(cat /tmp/refused)"
+vsock_peer messages {HOST + 2}
+vsock_peer mirror {GUEST + 1}
 """
 
 
@@ -64,9 +69,9 @@ def read_all(sock: socket.socket) -> bytes:
 class HostEcho:
     """A program of the host that answers whatever the guest connects with, like ``vsock_peer echo``."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, kind: socket.SocketKind = socket.SOCK_STREAM) -> None:
         self.bytes = 0
-        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener = socket.socket(socket.AF_UNIX, kind)
         self._listener.bind(path)
         self._listener.listen(128)
         self._threads: list[threading.Thread] = []
@@ -84,7 +89,7 @@ class HostEcho:
 
     def _answer(self, sock: socket.socket) -> None:
         with sock:
-            while data := sock.recv(65536):
+            while data := sock.recv(1 << 17):
                 self.bytes += len(data)
                 sock.sendall(data.translate(COMPLEMENT))
 
@@ -98,9 +103,11 @@ class HostEcho:
 
 @pytest.fixture
 def host_echo(short_dir: Path) -> Iterator[HostEcho]:
-    echo = HostEcho(f"{short_dir}/x.vsock_{HOST}")
-    yield echo
-    echo.close()
+    with (
+        closing(HostEcho(f"{short_dir}/x.vsock_{HOST}")) as echo,
+        closing(HostEcho(f"{short_dir}/x.vsock_{HOST + 2}", socket.SOCK_SEQPACKET)),
+    ):
+        yield echo
 
 
 def reach_guest(path: Path) -> socket.socket:
@@ -113,6 +120,20 @@ def reach_guest(path: Path) -> socket.socket:
         answer += sock.recv(1)
     assert answer.startswith(b"OK ")
     return sock
+
+
+def exchange_messages(path: Path) -> None:
+    """With ``vsock_peer mirror``: as many on their way as there is room for, before the first comes back."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(60)
+        sock.connect(str(path))
+        sock.send(b"CONNECT %d\n" % (GUEST + 1))
+        assert sock.recv(100).startswith(b"OK ")
+        sent = [stream(size, salt) for salt, size in enumerate(MESSAGES)]
+        with ThreadPoolExecutor(1) as pool:
+            sending = pool.submit(lambda: [sock.send(message) for message in sent])
+            assert [sock.recv(1 << 17) for _ in sent] == sent
+            assert sending.result(60) == list(MESSAGES)
 
 
 def talk(sock: socket.socket, size: int, salt: int) -> None:
@@ -136,15 +157,17 @@ def check_both_ways(guest: Guest, hcd: HcdProcess, short_dir: Path, echo: HostEc
         socks = [stack.enter_context(reach_guest(short_dir / "x.vsock")) for _ in range(MANY)]
         for done in [pool.submit(talk, sock, SMALL, salt) for salt, sock in enumerate(socks)]:
             done.result(120)
+    guest.wait_until("listening", lambda port: port == str(GUEST + 1), 180)
+    exchange_messages(short_dir / "x.messages")
     said = guest.wait(300)
     assert said["echoed"] == "all"
     assert "Connection reset" in said["refused"]
     metrics = hcd.metrics()
     for name, labels in (("accepted_total", {"by": "guest"}), ("accepted_total", {"by": "host"})):
-        assert metrics.total(f"hcd_device_vsock_{name}", **labels) == 1 + MANY
+        assert metrics.total(f"hcd_device_vsock_{name}", **labels) == 2 + MANY
     for side in ("guest", "host"):
         total = metrics.total("hcd_device_vsock_payload_bytes_total", to=side)
-        assert total == 2 * (LARGE + MANY * SMALL)
+        assert total == 2 * (LARGE + MANY * SMALL + sum(MESSAGES))
     assert metrics.total("hcd_device_vsock_refused_total", by="guest") == 1
     assert metrics.total("hcd_device_vsock_connections") == 0
     assert metrics.total("hcd_guest_errors_total") == metrics.total("hcd_handler_errors_total") == 0

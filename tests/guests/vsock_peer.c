@@ -4,6 +4,8 @@
  *                                   until the host says no more; then say no more
  *   vsock_peer talk PORT BYTES COUNT  COUNT connections at once to the host, which answers likewise: send BYTES, say no
  *                                   more, and check everything that comes back until the host says no more
+ *   vsock_peer messages PORT        send messages of every size below to the host, each when the last one has come back
+ *   vsock_peer mirror PORT          serve one connection for messages: send each back, until the host says no more
  *   vsock_peer idle PORT            connect, say so, and wait for the connection to end; print how it ended
  *
  * Exit status 0: every byte was right. */
@@ -19,7 +21,8 @@
 #include <linux/vm_sockets.h>
 
 #define HOST 2
-static unsigned char buffer[32768];
+static unsigned char buffer[65536];
+static const size_t sizes[] = {1, 100, 4052, 4053, 60000, 65536};
 
 static void fail(const char *what)
 {
@@ -27,18 +30,18 @@ static void fail(const char *what)
     exit(1);
 }
 
-static int open_socket(void)
+static int open_socket(int type)
 {
-    int fd = socket(AF_VSOCK, SOCK_STREAM, 0);
+    int fd = socket(AF_VSOCK, type, 0);
     if (fd < 0)
         fail("socket");
     return fd;
 }
 
-static int reach(unsigned port)
+static int reach(unsigned port, int type)
 {
     struct sockaddr_vm to = {.svm_family = AF_VSOCK, .svm_cid = HOST, .svm_port = port};
-    int fd = open_socket();
+    int fd = open_socket(type);
     if (connect(fd, (struct sockaddr *)&to, sizeof to))
         fail("connect");
     return fd;
@@ -121,7 +124,7 @@ static int talk(unsigned port, uint64_t size, int count)
 {
     int *fds = calloc(count, sizeof *fds);
     for (int i = 0; i < count; i++)
-        fds[i] = reach(port); /* all are open before the first one says anything */
+        fds[i] = reach(port, SOCK_STREAM); /* all are open before the first one says anything */
     for (int i = 0; i < count; i++) {
         if (!fork())
             exit(send_stream(fds[i], size, i));
@@ -131,14 +134,20 @@ static int talk(unsigned port, uint64_t size, int count)
     return wait_all(2 * count);
 }
 
-static int echo(unsigned port, int count)
+static int listen_at(unsigned port, int type)
 {
     struct sockaddr_vm at = {.svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_ANY, .svm_port = port};
-    int fd = open_socket();
+    int fd = open_socket(type);
     if (bind(fd, (struct sockaddr *)&at, sizeof at) || listen(fd, 128))
         fail("listen");
-    puts("HCD: listening=yes");
+    printf("HCD: listening=%u\n", port);
     fflush(stdout);
+    return fd;
+}
+
+static int echo(unsigned port, int count)
+{
+    int fd = listen_at(port, SOCK_STREAM);
     for (int i = 0; i < count; i++) {
         int peer = accept(fd, NULL, NULL);
         if (peer < 0)
@@ -150,9 +159,40 @@ static int echo(unsigned port, int count)
     return wait_all(count);
 }
 
+static int messages(unsigned port)
+{
+    int fd = reach(port, SOCK_SEQPACKET);
+    for (unsigned i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        for (size_t at = 0; at < sizes[i]; at++)
+            buffer[at] = byte_at(at, i);
+        if (send(fd, buffer, sizes[i], 0) != (ssize_t)sizes[i])
+            fail("send");
+        memset(buffer, 0, sizeof buffer);
+        ssize_t got = recv(fd, buffer, sizeof buffer, 0);
+        if (got != (ssize_t)sizes[i]) {
+            fprintf(stderr, "vsock_peer: a message of %zu bytes came back with %zd\n", sizes[i], got);
+            return 1;
+        }
+        for (size_t at = 0; at < sizes[i]; at++)
+            if (buffer[at] != (unsigned char)~byte_at(at, i))
+                return 1;
+    }
+    return 0;
+}
+
+static int mirror(unsigned port)
+{
+    ssize_t n;
+    int peer = accept(listen_at(port, SOCK_SEQPACKET), NULL, NULL);
+    while ((n = recv(peer, buffer, sizeof buffer, 0)) > 0)
+        if (send(peer, buffer, n, 0) != n)
+            fail("send");
+    return n < 0;
+}
+
 static int idle(unsigned port)
 {
-    int fd = reach(port);
+    int fd = reach(port, SOCK_STREAM);
     puts("HCD: idle=connected");
     fflush(stdout);
     ssize_t n = read(fd, buffer, 1);
@@ -166,6 +206,10 @@ int main(int count, char **words)
         return echo(atoi(words[2]), atoi(words[3]));
     if (count == 5 && !strcmp(words[1], "talk"))
         return talk(atoi(words[2]), strtoull(words[3], NULL, 10), atoi(words[4]));
+    if (count == 3 && !strcmp(words[1], "messages"))
+        return messages(atoi(words[2]));
+    if (count == 3 && !strcmp(words[1], "mirror"))
+        return mirror(atoi(words[2]));
     if (count == 3 && !strcmp(words[1], "idle"))
         return idle(atoi(words[2]));
     return 2;

@@ -19,6 +19,7 @@ __all__ = [
     "TX_QUEUE",
     "Event",
     "Header",
+    "MessageFlag",
     "Op",
     "Shutdown",
     "SocketType",
@@ -59,6 +60,13 @@ class SocketType(enum.IntEnum):
 
     STREAM = 1
     SEQPACKET = 2
+
+
+class MessageFlag(enum.IntFlag):
+    """5.10.6.6.1, field "flags" of RW in SEQPACKET connections: a message ends here; so does a record."""
+
+    EOM = 1
+    EOR = 2
 
 
 class Shutdown(enum.IntFlag):

@@ -1,0 +1,80 @@
+"""A connection of type SEQPACKET: messages instead of bytes, on a unix socket of type SOCK_SEQPACKET.
+
+* A packet of the guest may hold a part of a message. The parts wait in the buffer, which the guest's credit limits,
+  until the message is whole: it goes to the socket in one piece or not at all.
+* A message of the host is read whole, and goes to the guest in as many packets as its receive buffers and its credit
+  make of it. One that is longer than MOST, or than the guest's whole buffer, ends the connection.
+* A message of no bytes cannot be told from the end on the host's side, and is left out.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from hcd_protocols.virtio.vsock import Header, MessageFlag, Shutdown
+
+from hcd.device import Request
+from hcd.devices.vsock_channel import CHUNK, Channel
+
+__all__ = ["MOST", "MessageChannel"]
+
+#: bytes of the longest message of the host
+MOST = CHUNK
+
+
+class MessageChannel(Channel):
+    """One connection with its socket."""
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        self._whole: deque[int] = deque()  # lengths of the messages in the buffer; behind them is the begun one
+        self._begun = 0
+        self._rest = b""  # of a message of the host
+
+    # -- from the guest
+
+    def deliver(self, request: Request, header: Header) -> None:
+        if self._socket is None or self.connection.host_shut & Shutdown.RECEIVE:
+            self.connection.forwarded(header.len)
+            return
+        self._buffer += request.read(header.len)
+        self._begun += header.len
+        if header.flags & MessageFlag.EOM and self._begun:
+            self._whole.append(self._begun)
+            self._begun = 0
+            if len(self._whole) == 1:
+                self._flush()
+        self.connection.forwarded(0)  # for the rest of a message the guest may need what it was not told of yet
+
+    @property
+    def _unsent(self) -> bool:
+        return bool(self._whole)
+
+    def _flush(self) -> None:
+        while self._whole and (sent := self._send(self._buffer[: self._whole[0]])):
+            self._whole.popleft()
+            del self._buffer[:sent]
+            self.connection.forwarded(sent)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._whole.clear()
+        self._begun = 0
+
+    # -- to the guest
+
+    def _receive(self, request: Request, room: int) -> int:
+        if not self._rest:
+            assert self._socket is not None
+            self._rest = self._socket.recv(MOST + 1)
+            if len(self._rest) > min(MOST, self.connection.guest_room):
+                self._rest = b""
+                self.connection.abort()
+                raise BlockingIOError  # nothing for the guest but that
+        size = request.write(self._rest[:room])
+        self._rest = self._rest[size:]
+        return size
+
+    def _data_flags(self) -> int:
+        return 0 if self._rest else int(MessageFlag.EOM)
