@@ -105,7 +105,7 @@ class _ReactorBell:
 
     async def finish(self) -> None:
         def last() -> None:
-            self._bell.handle()
+            self._lane.reactor.handle_bell(self._bell)
             self._watch.cancel()
 
         await self._lane.run(last)
@@ -129,12 +129,13 @@ class ReactorLane:
 
     async def run(self, function: Callable[[], T]) -> T:
         done = trio.Event()
+        calls = [function]  # taken out: the reactor holds the job for a moment longer than its caller waits for it
         results: list[T] = []
         errors: list[BaseException] = []
 
         def job() -> None:
             try:
-                results.append(function())
+                results.append(calls.pop()())
             except BaseException as error:
                 errors.append(error)
             self._token.run_sync_soon(done.set)
@@ -193,9 +194,14 @@ class _TrioBell:
     async def run(self) -> None:
         try:
             with self._task, suppress(trio.ClosedResourceError):
-                while not self._ending:
+                last = False
+                while not (last or self._task.cancel_called):
+                    last = self._ending  # what came while the handler ran is handed over too
                     with trio.CancelScope() as self._waiting:
-                        await trio.lowlevel.wait_readable(self._bell.fd)
+                        if not last:
+                            await trio.lowlevel.wait_readable(self._bell.fd)
+                    if self._task.cancel_called:  # after it was woken: the fd is closed, or somebody else's by now
+                        return
                     await self._handle()
         finally:
             self._over.set()
@@ -242,8 +248,13 @@ class TrioLane:
     async def _watch(self, handle: _TaskHandle, fd: int, callback: Callable[[], None]) -> None:
         with handle.scope, suppress(trio.ClosedResourceError):
             while not handle.scope.cancel_called:
-                await trio.lowlevel.wait_readable(fd)
-                _guarded(callback)
+                try:
+                    await trio.lowlevel.wait_readable(fd)
+                except (OSError, trio.BusyResourceError) as error:  # closed, or watched twice
+                    _log.error("the watch of descriptor %d ends, by its device's mistake: %s", fd, error)
+                    return
+                if not handle.scope.cancel_called:  # after this task was woken: no await tells it
+                    _guarded(callback)
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Handle:
         handle = _TaskHandle()
@@ -253,7 +264,8 @@ class TrioLane:
     async def _call_later(self, handle: _TaskHandle, seconds: float, callback: Callable[[], None]) -> None:
         with handle.scope:
             await trio.sleep(seconds)
-            _guarded(callback)
+            if not handle.scope.cancel_called:
+                _guarded(callback)
 
     # -- queues
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import gc
+import os
 import weakref
+from collections.abc import Awaitable, Callable
 
 import pytest
 import trio
+import trio.testing
 
-from hcd.lanes import QueueLane, open_lanes
+from hcd.dataplane.bell import Bell
+from hcd.dataplane.stats import DoorbellStats
+from hcd.lanes import QueueLane, TrioLane, open_lanes
 
 
 class Held:
@@ -44,3 +49,68 @@ def test_an_error_that_came_back_holds_nothing(name: str) -> None:
         assert trio.run(main) is None
     finally:
         gc.enable()
+
+
+async def test_nothing_is_called_back_once_it_is_cancelled() -> None:
+    """Also when its task was woken already: whoever cancels a watch may close its fd, and the number is used again."""
+    fds = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(3)]
+    try:
+        async with open_lanes() as lanes:
+            for _ in range(50):  # trio runs tasks that are woken together in any order
+                await one_cancels_the_others(lanes.trio, *fds)
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+async def one_cancels_the_others(lane: TrioLane, watched: int, belled: int, cancelling: int) -> None:
+    called: list[str] = []
+    bell = Bell("b", belled, DoorbellStats())
+    bell.handler = handler(called)
+    others = [
+        lane.watch(watched, lambda: called.append("watch")),
+        lane.call_later(0, lambda: called.append("timer")),
+        lane.watch_bell(bell),
+    ]
+    over = trio.Event()
+
+    def cancel() -> None:
+        for one in [*others, canceller]:
+            one.cancel()
+        called.clear()
+        over.set()
+
+    canceller = lane.watch(cancelling, cancel)
+    for fd in (watched, belled, cancelling):
+        os.eventfd_write(fd, 1)
+    await over.wait()
+    await trio.testing.wait_all_tasks_blocked()
+    assert called == []
+    for fd in (watched, cancelling):
+        os.eventfd_read(fd)
+    bell.take()
+
+
+def handler(called: list[str]) -> Callable[[Bell, int], Awaitable[None]]:
+    async def rung(bell: Bell, count: int) -> None:
+        called.append("bell")
+
+    return rung
+
+
+async def test_a_watch_of_a_closed_descriptor_ends_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """So does the second watch of one descriptor. They are a device's mistakes, and the lane is everybody's."""
+    fd = os.eventfd(0, os.EFD_NONBLOCK)
+    async with open_lanes() as lanes:
+        heard = trio.Event()
+        lanes.trio.watch(fd, heard.set)
+        await trio.testing.wait_all_tasks_blocked()
+        lanes.trio.watch(fd, lambda: None)
+        lanes.trio.watch(999_999, lambda: None)
+        await trio.testing.wait_all_tasks_blocked()
+        os.eventfd_write(fd, 1)
+        with trio.fail_after(20):
+            await heard.wait()
+        os.eventfd_read(fd)
+    os.close(fd)
+    assert caplog.text.count("ends, by its device's mistake") == 2

@@ -25,5 +25,7 @@ cdef class Interrupt:
     cdef readonly str name
     cdef readonly int fd
     cdef readonly InterruptStats stats
+    cdef public object on_signal  # (interrupt, bell that is answered or None, outcome): it was signalled
 
+    cdef str send(self)
     cpdef bint signal(self, Bell answers=*) except? False

@@ -26,7 +26,6 @@ class Bell:
     def release(self) -> None: ...  # let go of the memory
     def take(self) -> int: ...  # rings since the last call, counted; 0 without any
     def enter(self) -> None: ...  # the handler is entered now
-    def handle(self) -> None: ...  # take, enter, call the handler: what the reactor does
 
 class Interrupt:
     """One interrupt of the guest. The fd stays the caller's; -1: nobody is attached."""
@@ -38,5 +37,6 @@ class Interrupt:
     def fd(self) -> int: ...
     @property
     def stats(self) -> InterruptStats: ...
+    on_signal: Callable[[Interrupt, Bell | None, str], None] | None  # outcome: sent, pending or absent
     def set_fd(self, fd: int) -> None: ...
     def signal(self, answers: Bell | None = None) -> bool: ...

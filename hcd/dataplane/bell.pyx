@@ -131,9 +131,9 @@ cdef class Bell:
         """The handler is entered now."""
         hist_add(&self.stats.c_dispatch, hcd_now() - self.woken)
 
-    def handle(self):
-        """Take the rings that are there and call the handler with them."""
-        self.rung(hcd_now())
+
+# what became of an interrupt: the values of the label "outcome"
+cdef str SENT = "sent", PENDING = "pending", ABSENT = "absent"
 
 
 cdef class Interrupt:
@@ -152,22 +152,28 @@ cdef class Interrupt:
 
         ``answers``: the doorbell whose rings this answers; their response time is observed, once.
         """
+        cdef str outcome = self.send()
+        cdef bint reached = outcome is not ABSENT
+        if reached and answers is not None and not answers.answered and answers.woken:
+            answers.answered = True
+            hist_add(&answers.stats.c_response, hcd_now() - answers.woken)
+        if self.on_signal is not None:
+            self.on_signal(self, answers, outcome)
+        return reached
+
+    cdef str send(self):
         cdef uint64_t one = 1
         if self.fd < 0:
             self.stats.absent += 1
-            return False
+            return ABSENT
         nudge()
         if write(self.fd, &one, 8) == 8:
             self.stats.sent += 1
-        elif errno == EAGAIN:
-            self.stats.pending += 1
-        elif errno == EINTR:
+            return SENT
+        if errno == EINTR:
             self.fd = -1              # the VMM made it block: it is not signalled again
-            self.stats.pending += 1
-        else:
+        elif errno != EAGAIN:
             self.stats.absent += 1
-            return False
-        if answers is not None and not answers.answered and answers.woken:
-            answers.answered = True
-            hist_add(&answers.stats.c_response, hcd_now() - answers.woken)
-        return True
+            return ABSENT
+        self.stats.pending += 1
+        return PENDING

@@ -143,6 +143,10 @@ cdef class Reactor:
         w.bell = bell
         return w
 
+    def handle_bell(self, Bell bell not None):
+        """Call the handler of ``bell`` with the rings that are there, if any, as when they wake us."""
+        self.ring(bell, hcd_now())
+
     def watch_kick(self, Virtqueue q not None):
         """Read the kick eventfd of ``q`` whenever it is rung, and give the queue a turn."""
         return self.add(q.kick_fd, None, q)
