@@ -15,6 +15,7 @@ import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+import trio
 from hcd_protocols.doorbell import (
     Capability,
     Held,
@@ -133,7 +134,7 @@ class Attachment:
             served = self._served.pop(reference, None)
             if served is not None:
                 served.hosted.doorbell.registered = None
-                _stop(served)
+                self._stop(served)
                 os.close(self._fds.pop(reference))
 
     def _settle_doorbell(self, outcome: Outcome, hosted: HostedDoorbell) -> None:
@@ -146,7 +147,8 @@ class Attachment:
             return
         host.log.debug("doorbell %s (%s %s) is registered", item.name, doorbell.path, item)
         bell = Bell(item.name, self._fds[outcome.reference], doorbell.stats)
-        bell.handler, bell.on_error, bell.tag = host.device.ring, host.handler_failed, host.spec.name
+        bell.on_error, bell.tag = host.handler_failed, host.spec.name
+        host.wrapping.attach(bell, item.datamatch)
         if item.stamp is not None and self._map is not None:
             bell.set_stamp(self._map, item.stamp)
             bell.set_clock(*self._clock)
@@ -186,6 +188,7 @@ class Attachment:
         """The whole table is answered: rings are looked at from now on, also those that wait already."""
         host = self._host
         self.connected = host.connected = True
+        host.wrapping.begin()
         host.call_device(host.device.connect)
         for served in self._served.values():
             served.handle = host.lane.watch_bell(served.bell)
@@ -216,17 +219,27 @@ class Attachment:
     # -- the end
 
     async def finish(self) -> None:
-        """The VMM is gone: hand over what it rang before. In trio."""
-        if self.connected:
+        """The VMM is gone: hand over what it rang before, and wait for the handlers, not for ever. In trio."""
+        if not self.connected:
+            return
+        await self._host.lane.run(self._host.wrapping.end)
+        async with trio.open_nursery() as nursery:
             for served in self._served.values():
                 if served.handle is not None:
-                    await served.handle.finish()
+                    nursery.start_soon(self._finish, served.bell, served.handle)
+
+    async def _finish(self, bell: Bell, handle: BellHandle) -> None:
+        with trio.move_on_after(self._host.drain_timeout) as patience:
+            await handle.finish()
+        if patience.cancelled_caught:
+            self._host.handler_unfinished(bell)
 
     def disconnect(self) -> None:
         """Look at no more rings, interrupt nobody, give the memory back."""
         host = self._host
+        host.wrapping.end()
         for served in self._served.values():
-            _stop(served)
+            self._stop(served)
         self._served.clear()
         for hosted in host.doorbells.values():
             hosted.doorbell.registered = None
@@ -246,13 +259,13 @@ class Attachment:
             view.release()
             self._map.close()
         except BufferError:
-            self._host.log.warning("%s keeps a view of the shared memory after disconnect()", type(device).__name__)
+            self._host.keeps_memory()
 
-
-def _stop(served: _Served) -> None:
-    if served.handle is not None:
-        served.handle.cancel()
-    served.bell.release()
+    def _stop(self, served: _Served) -> None:
+        if served.handle is not None:
+            served.handle.cancel()
+        self._host.wrapping.detach(served.bell)
+        served.bell.release()
 
 
 def _fits(held: Held) -> bool:

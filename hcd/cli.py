@@ -317,7 +317,8 @@ def _device_parser(type_name: str, cls: type[DeviceBase], captive: bool = False)
     parser.add_argument("--bus", type=_text(config.check_bus), help="pci, mmio or ccw")
     parser.add_argument("--qmp", type=_text(config.check_qmp), metavar="PATH", help="QMP socket of the front end")
     parser.add_argument(
-        "--wrap", type=_text(wrappers.parse_text), action="append", default=[], metavar="WRAPPER",
+        "--wrap", type=_text(lambda text: wrappers.parse_text(text, cls)), action="append", default=[],
+        metavar="WRAPPER",
         help="run under log or error:OPTION=VALUE,...; again for more, the first one outermost",
     )
     parser.add_argument("--metrics", type=_text(config.parse_address), metavar="ADDR", help="HOST:PORT or unix:PATH")
@@ -353,10 +354,7 @@ def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
 def _device_config(type_name: str, cls: type[DeviceBase], arguments: argparse.Namespace, path: str) -> DaemonConfig:
     from hcd.config import DaemonConfig, DeviceSpec
     from hcd.control.settings import ControlSpec
-    from hcd.device import Device
 
-    if arguments.wrap and not issubclass(cls, Device):
-        raise ConfigError(f"--wrap: type {type_name} is not a virtio device")
     given = vars(arguments)
     spec = DeviceSpec(
         name=arguments.name,

@@ -39,7 +39,7 @@ from typing import Any
 from hcd import options as opt
 from hcd import plugins, wrappers
 from hcd.control.settings import ControlSpec, parse_mode
-from hcd.device import Device, DeviceBase, Option
+from hcd.device import Device, DeviceBase, DoorbellDevice, Option
 from hcd.doorbell import Path
 from hcd.errors import ConfigError, PluginError
 from hcd.limits import NO_LIMITS, Limits
@@ -319,13 +319,10 @@ class _Reader:
         if "wrap" not in found:
             return ()
         try:
-            specs = wrappers.parse(found["wrap"])
-            if specs and not self.is_virtio(found.get("type")):
-                raise ValueError("only virtio devices can be wrapped")
+            return wrappers.parse(found["wrap"], Device if self.is_virtio(found.get("type")) else DoorbellDevice)
         except ValueError as exc:
             self.problem(table, "wrap", str(exc))
             return ()
-        return specs
 
     def limits(self, table: str, found: Mapping[str, Any]) -> Limits:
         if "limits" not in found:

@@ -345,7 +345,7 @@ class DoorbellDevice(DeviceBase):
         """A VMM is attached: rings come from here on, interrupts and shared memory can be used."""
 
     def disconnect(self) -> None:
-        """The VMM is gone. ``memory`` is the device's no longer: keep no view of it."""
+        """The VMM is gone: interrupt nobody for its rings any more. Keep no view of ``memory``."""
 
     def ring(self, doorbell: Bell, count: int) -> Any:
         """``doorbell`` (its ``name`` is the declared one) was rung ``count`` times. Plain or ``async``.
@@ -353,6 +353,13 @@ class DoorbellDevice(DeviceBase):
         Must be overridden. Calls for one doorbell never overlap; async calls for different ones do.
         """
         raise NotImplementedError
+
+    def describe(self, doorbell: Bell, count: int) -> str:
+        """What these rings ask for, for the wrapper ``log`` and for ``hcd trace``: one line, without payload.
+
+        Called before ``ring``.
+        """
+        return "1 ring" if count == 1 else f"{count} rings"
 
     # -- what it can do, on its lane
 

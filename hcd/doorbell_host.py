@@ -21,6 +21,7 @@ from hcd.doorbell import Doorbell, Path, PathSource, Registry
 from hcd.errors import ConfigError, PluginError
 from hcd.host import HostBase
 from hcd.lanes import Lanes
+from hcd.wrappers.ring_stack import RingStack
 
 __all__ = ["DoorbellHost", "HostedDoorbell", "HostedInterrupt"]
 
@@ -64,13 +65,14 @@ class DoorbellHost(HostBase):
         self.memory: MemoryItem | None = None
         #: set by the session: the device changed its doorbells (added, removed)
         self.on_change: Callable[[Sequence[HostedDoorbell], Sequence[HostedDoorbell]], None] | None = None
-        self._handler_errors = 0
+        self.wrapping = RingStack(spec.wrap, device, self.lane, self.log)
+        self._ring_errors = 0
         self._ids = itertools.count(1)
         self._known: dict[str, Doorbell] = {}  # also those that the device has no longer: their series stay
 
     @property
     def handler_errors(self) -> int:
-        return self._handler_errors + self.device_errors
+        return self._ring_errors + self.device_errors
 
     async def open(self) -> None:
         self._refuse_declarations()
@@ -87,11 +89,19 @@ class DoorbellHost(HostBase):
             raise
         device.lines = {name: hosted.line for name, hosted in self.interrupts.items()}
         device.change = self._change
+        self._check_wrappers()
 
     def _refuse_declarations(self) -> None:
         for key, value in (("path", self.spec.path), ("bus", self.spec.bus), ("qmp", self.spec.qmp)):
             if value is not None:
                 raise ConfigError(f'"{key}" has no meaning here: the device says the path of each of its doorbells')
+
+    def _check_wrappers(self) -> None:
+        """A device may add doorbells later, so this is no error."""
+        for name in [spec.options.get("doorbell") for spec in self.spec.wrap]:
+            if name is not None and name not in self.doorbells:
+                self.log.warning('the wrapper error is for doorbell "%s", which there is not; expected %s', name,
+                                 ", ".join(self.doorbells))
 
     def _read_memory(self) -> None:
         if self.device.memory_size:
@@ -102,7 +112,9 @@ class DoorbellHost(HostBase):
             raise PluginError(f'{type(self.device).__name__}: interrupt "{item.name}" twice')
         stats = InterruptStats()
         self._hot.add_interrupt(self.spec.name, item.name, stats)
-        self.interrupts[item.name] = HostedInterrupt(item, Interrupt(item.name, stats))
+        line = Interrupt(item.name, stats)
+        self.interrupts[item.name] = HostedInterrupt(item, line)
+        self.wrapping.watch(line)
 
     # -- doorbells
 
@@ -153,28 +165,42 @@ class DoorbellHost(HostBase):
             del self.doorbells[one.item.name]
         for one in made:
             self._add(one)
-        if self.on_change is not None:
-            self.on_change(made, gone)
+        if (on_change := self.on_change) is not None:
+            on_change(made, gone)
 
-    def call_device(self, call: Callable[[], None]) -> None:
+    # -- what goes wrong: said and counted, and the device goes on
+
+    def call_device(self, method: Callable[[], None]) -> None:
         """Call a method of the device. What it raises must not take the session along."""
         try:
-            call()
+            method()
         except Exception as error:
-            self._handler_errors += 1
-            self.rare_log.error(type(error).__name__, "%s failed: %s: %s", type(self.device).__name__,
-                                type(error).__name__, error)
-            self.trace_once(error)
+            self.device_failed(f"{method.__name__}()", error)
 
     def handler_failed(self, bell: Bell, error: Exception) -> None:
-        """``ring`` raised: said and counted, and the device goes on."""
-        self._handler_errors += 1
+        """``ring`` raised."""
+        self._ring_errors += 1
         self.rare_log.error(
             (bell.name, type(error).__name__),
             "doorbell %s: the handler of %s failed: %s: %s",
             bell.name, type(self.device).__name__, type(error).__name__, error,
         )
         self.trace_once(error)
+
+    def handler_unfinished(self, bell: Bell) -> None:
+        """The VMM is gone, and a handler does not end."""
+        self._ring_errors += 1
+        self.rare_log.error(
+            "handlers that do not end",
+            "doorbell %s: the handler of %s did not end within %g s after the VMM had gone, and is cancelled",
+            bell.name, type(self.device).__name__, self.drain_timeout,
+        )
+
+    def keeps_memory(self) -> None:
+        """The device was told ``disconnect``, and has a view of the shared memory still."""
+        self.device_errors += 1
+        self.rare_log.error("views of memory", "%s keeps a view of the shared memory after disconnect()",
+                            type(self.device).__name__)
 
 
 def _checked(make: Callable[..., T], *fields: object) -> T:

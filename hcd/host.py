@@ -25,7 +25,7 @@ from hcd.instruments import Instruments
 from hcd.lanes import Lanes, QueueLane
 from hcd.log import RateLimited
 from hcd.qmp_places import Place
-from hcd.wrappers import Stack, Wrapper
+from hcd.wrappers import RequestStack, RequestWrapper
 
 __all__ = ["DeviceHost", "HostBase", "LeavingSession", "Observer", "Peer", "RingState", "SessionView"]
 
@@ -93,7 +93,7 @@ class Observer(Protocol):
     """Hears what passes between a session and its peer, in trio, from trio."""
 
     def message(self, direction: str, data: bytes, fds: int) -> None:
-        """A whole message: "in" from the front end, "out" to it, "back" on the back channel; ``fds`` came along."""
+        """A whole message: "in" from the peer, "out" to it, "back" on the back channel; ``fds`` came along."""
 
     def connection(self, what: str) -> None:
         """``what``: connected, disconnected."""
@@ -224,6 +224,11 @@ class HostBase:
         for observer in self.observers:
             observer.message(direction, data, fds)
 
+    def tell_observers(self, what: str) -> None:
+        """A peer has come or goes; see :class:`Observer`."""
+        for observer in self.observers:
+            observer.connection(what)
+
     def device_failed(self, what: str, error: Exception) -> None:
         """``what`` (a method of the device) raised ``error``, which is nobody's fault but its own."""
         self.device_errors += 1
@@ -263,7 +268,7 @@ class DeviceHost(HostBase):
         #: shared by the queues of every session
         self.limit = Limit()
         self.limit.set(*spec.limits.arguments())
-        self.wrapping = Stack(spec.wrap, device, self.lane, self.log)
+        self.wrapping = RequestStack(spec.wrap, device, self.lane, self.log)
 
     @property
     def stuck_requests(self) -> int:
@@ -314,11 +319,11 @@ class DeviceHost(HostBase):
 
     # -- wrappers for a while: on the lane's thread
 
-    def add_wrapper(self, wrapper: Wrapper) -> None:
+    def add_wrapper(self, wrapper: RequestWrapper) -> None:
         self.wrapping.add(wrapper)
         self._wrap_again()
 
-    def remove_wrapper(self, wrapper: Wrapper) -> None:
+    def remove_wrapper(self, wrapper: RequestWrapper) -> None:
         self.wrapping.remove(wrapper)
         self._wrap_again()
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import pytest
 
 if TYPE_CHECKING:
-    from hcd.testing import ServedDevice
-    from hcd.testing.serving import Source
+    from hcd.testing import ServedDevice, ServedDoorbells
+    from hcd.testing.serving import DoorbellSource, Source
 
 __all__ = ["Serve", "hcd_packed", "hcd_serve"]
 
@@ -21,7 +21,12 @@ __all__ = ["Serve", "hcd_packed", "hcd_serve"]
 class Serve(Protocol):
     """The type of the fixture ``hcd_serve``: :func:`hcd.testing.serve`, without the ``with``."""
 
+    @overload
     def __call__(self, device: Source, options: dict[str, Any] | None = None, **settings: Any) -> ServedDevice: ...
+    @overload
+    def __call__(
+        self, device: DoorbellSource, options: dict[str, Any] | None = None, **settings: Any
+    ) -> ServedDoorbells: ...
 
 
 @pytest.fixture
@@ -31,7 +36,7 @@ def hcd_serve() -> Iterator[Serve]:
 
     with ExitStack() as stack:
 
-        def start(device: Source, options: dict[str, Any] | None = None, **settings: Any) -> ServedDevice:
+        def start(device: Any, options: dict[str, Any] | None = None, **settings: Any) -> Any:
             return stack.enter_context(serve(device, options, **settings))
 
         yield start

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
-from fake_vmm import FakeVmm
 
 import hcd.device
 from hcd import plugins
 from hcd.demo.hcd_process import HcdProcess
 from hcd.device import Bell, Counter, Gauge, Histogram, Request, Virtqueue
 from hcd.testing import Exchange, check_device, serve
+from hcd.testing.vmm import Vmm
 
 pytestmark = pytest.mark.long
 
@@ -167,9 +167,9 @@ def test_they_run_in_a_daemon(
         '[[device]]\nname = "house"\ntype = "lighthouse"\nsocket = "{dir}/house"\n[device.options]\nport = 0x600\n'
         '[[device]]\nname = "v"\ntype = "vending"\nsocket = "{dir}/v"\nwrap = ["log"]\n'
     )
-    with FakeVmm(str(short_dir / "house")) as vmm:
+    with Vmm(str(short_dir / "house")) as vmm:
         vmm.ring("ship", 3)
-        vmm.interrupts("light")
+        vmm.wait_interrupt("light")
         with vmm.map_memory() as memory:
             assert memory[:8] == (3).to_bytes(8, "little")
     assert hcd.metrics().total("hcd_device_lighthouse_ships_total", device="house") == 3

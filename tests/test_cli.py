@@ -426,7 +426,7 @@ def test_device_is_run_under_wrappers(run: Run, served: Served) -> None:
     [
         ("lamp", "lgo", 'did you mean "log"'),
         ("lamp", "error:x", '"x" is not an option'),
-        ("echo", "log", "not a virtio"),
+        ("echo", "error:pattern=x,queue=1", '"queue" is not an option of wrapper "error" of a doorbell device'),
     ],
 )
 def test_wrong_wrappers_are_refused(run: Run, type_: str, wrap: str, expected: str) -> None:

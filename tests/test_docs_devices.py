@@ -14,8 +14,8 @@ import pytest
 
 import hcd.device
 from hcd import scaffold
-from hcd.device import Device
-from hcd.testing import Exchange, check_device, conformance, rules, serve
+from hcd.device import Device, DeviceBase, DoorbellDevice
+from hcd.testing import Exchange, check_device, conformance, ring_rules, rules, serve
 from hcd.wrappers.registry import WRAPPERS
 
 pytestmark = pytest.mark.long
@@ -34,7 +34,7 @@ def load(source: str, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
 
 def devices_of(module: types.ModuleType) -> list[type[Device]]:
-    found = (value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Device))
+    found = (value for value in vars(module).values() if isinstance(value, type) and issubclass(value, DeviceBase))
     return [cls for cls in found if cls.__module__ == "snippet"]
 
 
@@ -110,14 +110,20 @@ def test_every_rule_is_explained() -> None:
     section = PAGE.partition("## Testing")[2].partition("\n## ")[0]
     explained = set(re.findall(r"^\| `([\w-]+)` \|", section, re.MULTILINE))
     others = {"declaration", "life", "leaks", "blocking", "answer"}
-    assert explained == {*rules.RULES, *others, *(rule for _, rule in conformance.RULE_BY_TEXT)}
+    assert explained == {*rules.RULES, *others, *(rule for _, rule in conformance.RULE_BY_TEXT)} - {"memory"}
 
 
-def test_every_option_of_the_wrappers_is_named() -> None:
+def test_every_rule_for_doorbell_devices_is_explained() -> None:
+    section = PAGE.partition("## Doorbell devices")[2].partition("\n## ")[0]
+    assert set(re.findall(r"^\| `([\w-]+)` \|", section, re.MULTILINE)) == {*ring_rules.RULES, "memory"}
+
+
+@pytest.mark.parametrize("kind", [Device, DoorbellDevice])
+def test_every_option_of_the_wrappers_is_named(kind: type[DeviceBase]) -> None:
     section = PAGE.partition("## Wrappers")[2].partition("\n## ")[0]
-    for name, wrapper in WRAPPERS.items():
+    for name, wrapper in WRAPPERS[kind].items():
         assert f"`{name}`" in section
-        assert [option.name for option in wrapper.options if f"`{option.name}`" not in section] == []
+        assert [one.name for one in wrapper.options if not re.search(rf"`{one.name}\b", section)] == []
 
 
 def test_the_api_version_is_the_one_of_the_code() -> None:

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fake_vmm import FakeVmm, Gone
 from hcd_protocols.doorbell import TableComplete
 
 from hcd.demo.hcd_process import HcdProcess, Resources
+from hcd.testing.vmm import Gone, Vmm
 
 Start = Callable[..., HcdProcess]
 Settled = Callable[[HcdProcess, Resources], None]
@@ -41,14 +41,14 @@ def test_a_vmm_that_comes_and_goes_leaves_nothing_behind(
     """Rings are exact over many VMMs, and hcd holds afterwards what it held before."""
     hcd = start_hcd(NULLIO)
     path = str(short_dir / "count.sock")
-    FakeVmm(path).close()
+    Vmm(path).close()
     before = hcd.resources()
     for _ in range(20):
-        with FakeVmm(path) as vmm:
+        with Vmm(path) as vmm:
             for name in ("pio0", "mmio0", "any0", "hyperv0"):
                 vmm.ring(name, 50)
     expect_settled(hcd, before)
-    FakeVmm(path).close()  # the last session is over when the next one is served
+    Vmm(path).close()  # the last session is over when the next one is served
     for name in ("pio0", "mmio0", "any0", "hyperv0"):
         assert rings(hcd, name) == 1000
     assert hcd.metrics().total("hcd_doorbell_rings_total", path="hypercall") == 1000
@@ -59,17 +59,17 @@ def test_a_vmm_outlives_hcd(start_hcd: Start, short_dir: Path) -> None:
     """hcd is killed; the VMM notices, keeps its eventfds, and the next hcd counts what was rung in between."""
     hcd = start_hcd(NULLIO)
     path = str(short_dir / "count.sock")
-    vmm = FakeVmm(path)
+    vmm = Vmm(path)
     hcd.kill()
     with pytest.raises(Gone):
         vmm.until(TableComplete)
     vmm.ring("pio0", 12)
     held = vmm.keep()
     hcd = start_hcd(NULLIO)
-    with FakeVmm(path, held=held) as vmm:
+    with Vmm(path, held=held) as vmm:
         assert len(vmm.adopted) == 4
         vmm.ring("pio0", 30)
-    FakeVmm(path).close()
+    Vmm(path).close()
     assert rings(hcd, "pio0") == 42
 
 
@@ -81,7 +81,7 @@ def test_hcd_device_serves_a_doorbell_device(short_dir: Path) -> None:
         short_dir / "log",
         sockets=[path],
     ) as hcd:
-        FakeVmm(str(path)).close()
+        Vmm(str(path)).close()
         hcd.wait()
         assert "2 of 2 doorbells" in hcd.log_text
     assert not path.exists()
@@ -105,7 +105,7 @@ def test_an_inherited_listening_socket(short_dir: Path) -> None:
         sock.listen()
         arguments = ["device", "nullio", "--ports=1", f"--fd={sock.fileno()}", "--exit-on-disconnect"]
         with HcdProcess(arguments, short_dir / "log", pass_fds=[sock.fileno()]) as hcd:
-            FakeVmm(str(path)).close()
+            Vmm(str(path)).close()
             hcd.wait()
     os.unlink(path)
 

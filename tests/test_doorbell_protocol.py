@@ -39,6 +39,7 @@ from hcd_protocols.doorbell import (
     messages,
 )
 from hcd_protocols.doorbell.messages import decode, encode
+from hcd_protocols.doorbell.text import message_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -122,6 +123,54 @@ def test_bytes(kind: str) -> None:
 
 def test_every_type_has_an_example() -> None:
     assert set(EXAMPLES) == {kind.name for kind in messages.Type}
+
+
+TEXTS = {
+    "HELLO": 'HELLO "vmm"',
+    "HOLD_DOORBELLS": "HOLD_DOORBELLS [7 d pio 0x510/2=0x5]",
+    "HOLD_INTERRUPTS": "HOLD_INTERRUPTS [7 i]",
+    "HOLD_MEMORY": "HOLD_MEMORY [1 size=4096 wanted=0x0]",
+    "STATUS": "STATUS [1 EEXIST, 2 ok 0xc0000000]",
+    "CLOCK": "CLOCK tsc_khz=2400000 tsc_offset=-5",
+    "ERROR": 'ERROR EBUSY "busy"',
+    "WELCOME": 'WELCOME "echo" version=1 doorbells=3 interrupts=2 memory=1',
+    "DOORBELLS": "DOORBELLS [1 any mmio 0x8000000000000000 stamp=0x10, 2 hv hyperv 0xffffff held]",
+    "INTERRUPTS": "INTERRUPTS [9 irq held]",
+    "MEMORY": "MEMORY [1 size=8192 wanted=0xc0000000]",
+    "REMOVE": "REMOVE [doorbell 4, memory 1]",
+    "END": "END",
+}
+
+
+@pytest.mark.parametrize("kind", EXAMPLES)
+def test_text(kind: str) -> None:
+    """As hcd trace shows it."""
+    _, data = EXAMPLES[kind]
+    assert message_text(data).startswith(TEXTS[kind])
+    assert message_text(data, 2) == f"{message_text(data)} fds=2"
+
+
+def test_text_of_a_greeting_names_what_the_vmm_can_do() -> None:
+    data = encode(messages.Hello("vmm", Capability.PIO | Capability.HYPERV | Capability(1 << 20), 2, 1, 3))
+    assert message_text(data) == 'HELLO "vmm" versions=1-3 capabilities=0x100011 (PIO|HYPERV) held=2'
+
+
+def test_text_of_a_long_table_ends() -> None:
+    """253 doorbells are one line that can be read."""
+    items = tuple(InterruptItem(i, f"i{i}") for i in range(1, 254))
+    assert message_text(encode(messages.Table(items, (False,) * 253)), 253) == (
+        "INTERRUPTS [1 i1, 2 i2, 3 i3, 4 i4, 5 i5, 6 i6, 7 i7, 8 i8, and 245 more] fds=253"
+    )
+
+
+@pytest.mark.parametrize("kind", EXAMPLES)
+def test_text_of_what_is_wrong(kind: str) -> None:
+    """Whatever comes is shown as far as it can be read."""
+    _, data = EXAMPLES[kind]
+    for size in range(len(data)):
+        assert f"<{size} bytes>" in message_text(data[:size])
+    assert message_text(data + b"x").startswith(f"{kind} <{len(data) + 1} bytes> ({kind}: expected ")
+    assert message_text(struct.pack("<HHI", 0x77, 0, 8)) == "message 0x77 <8 bytes>"
 
 
 @pytest.mark.parametrize("kind", EXAMPLES)

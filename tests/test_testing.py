@@ -11,9 +11,7 @@ import trio
 from faulty_devices import AsyncShout, Shout
 
 from hcd.device import ConfigError, Lane
-from hcd.devices.nullio import NullIo
-from hcd.options import defaults
-from hcd.testing import BackendError, check_device, serve
+from hcd.testing import BackendError, serve
 
 TYPES = pytest.mark.parametrize("kind", [Shout, AsyncShout])
 
@@ -125,8 +123,3 @@ def test_the_pytest_plugin_costs_nothing_where_it_is_not_used() -> None:
     assert done.stdout.strip() == "['hcd.pytest_plugin']"
 
 
-@pytest.mark.parametrize("source", ["nullio", NullIo, NullIo("n", defaults(NullIo.options) | {"ports": "0x500"})])
-def test_doorbell_devices_are_refused_by_name(source: object) -> None:
-    """They have no queues: a rule about requests would mean nothing."""
-    with pytest.raises(ValueError, match="is a doorbell device"):
-        check_device(source)  # type: ignore[arg-type]

@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 
 import pytest
 import trio
-from fake_vmm import FakeVmm, Gone, measure_tsc
+import trio.testing
 from hcd_protocols.doorbell import DoorbellItem, Held, Item, Kind, Place, Reference, TableComplete
+from tsc import measure_tsc
 
 from hcd.config import DeviceSpec
 from hcd.dataplane.stats import HotText
@@ -29,6 +30,7 @@ from hcd.doorbell_host import DoorbellHost
 from hcd.errors import ConfigError, PluginError
 from hcd.lanes import open_lanes
 from hcd.metrics import cold
+from hcd.testing.vmm import Gone, Vmm
 from hcd.transports import kvm
 
 T = TypeVar("T")
@@ -161,14 +163,14 @@ async def test_rings_are_counted_and_answered(kind: type[Counter], short_dir: Pa
     """Each ring is counted, handed to the device and answered by the interrupt; times are observed."""
     async with served(kind(), short_dir) as s:
         def drive() -> None:
-            with FakeVmm(s.path) as vmm:
+            with Vmm(s.path) as vmm:
                 assert vmm.welcome is not None
                 assert (vmm.welcome.device, vmm.welcome.doorbells, vmm.welcome.interrupts) == ("dev", 3, 1)
                 for _ in range(50):
                     vmm.ring("d0")
-                    vmm.interrupts("irq")
+                    vmm.wait_interrupt("irq")
                 vmm.ring("d1", 1000)
-                vmm.interrupts("irq")
+                vmm.wait_interrupt("irq")
 
         await s.in_thread(drive)
         await s.until_free()
@@ -186,7 +188,7 @@ async def test_what_a_vmm_rang_before_it_died_is_counted(short_dir: Path) -> Non
     async with served(Counter(), short_dir) as s:
         def drive() -> None:
             for _ in range(20):
-                with FakeVmm(s.path) as vmm:
+                with Vmm(s.path) as vmm:
                     for _ in range(25):
                         vmm.ring("d0", 4)
 
@@ -202,10 +204,10 @@ async def test_a_handler_that_raises_is_counted_and_the_device_goes_on(
 ) -> None:
     async with served(kind(), short_dir) as s:
         def drive() -> None:
-            with FakeVmm(s.path) as vmm:
+            with Vmm(s.path) as vmm:
                 vmm.ring("bad")
                 vmm.ring("d0")
-                vmm.interrupts("irq")
+                vmm.wait_interrupt("irq")
 
         await s.in_thread(drive)
         await s.until_free()
@@ -221,8 +223,8 @@ async def test_outcomes_are_told_per_doorbell(short_dir: Path, caplog: pytest.Lo
     async with served(Counter(), short_dir) as s:
         errors = {"d1": errno.EEXIST, "bad": errno.EOPNOTSUPP}
 
-        def attach() -> FakeVmm:
-            return FakeVmm(s.path, register=lambda item: errors.get(getattr(item, "name", ""), 0))
+        def attach() -> Vmm:
+            return Vmm(s.path, register=lambda item: errors.get(getattr(item, "name", ""), 0))
 
         vmm = await s.in_thread(attach)
         await s.until(lambda: "1 of 3 doorbells and 1 of 1 interrupts registered" in caplog.text)
@@ -244,7 +246,7 @@ async def test_an_interrupt_that_is_not_registered_is_absent(short_dir: Path) ->
     async with served(Counter(), short_dir) as s:
         def drive() -> None:
             errors = {Kind.INTERRUPT: errno.EBUSY}
-            with FakeVmm(s.path, register=lambda item: errors.get(item.reference.kind, 0)) as vmm:
+            with Vmm(s.path, register=lambda item: errors.get(item.reference.kind, 0)) as vmm:
                 vmm.ring("d0")
 
         await s.in_thread(drive)
@@ -257,7 +259,7 @@ async def test_more_doorbells_than_one_message_carries(short_dir: Path) -> None:
     """A table of 600 doorbells comes in parts; all of them ring."""
     async with served(Counter(bells=600), short_dir) as s:
         def drive() -> None:
-            with FakeVmm(s.path) as vmm:
+            with Vmm(s.path) as vmm:
                 assert sum(reference.kind is Kind.DOORBELL for reference in vmm.fds) == 601
                 for i in range(600):
                     vmm.ring(f"d{i}", i + 1)
@@ -271,14 +273,14 @@ async def test_one_vmm_at_a_time(short_dir: Path, caplog: pytest.LogCaptureFixtu
     """A second VMM is told that it is refused; the first goes on; the next after it is served."""
     async with served(Counter(), short_dir) as s:
         def drive() -> None:
-            with FakeVmm(s.path) as vmm:
+            with Vmm(s.path) as vmm:
                 with pytest.raises(Gone, match="another VMM is attached"):
-                    FakeVmm(s.path)
+                    Vmm(s.path)
                 vmm.ring("d0")
-                vmm.interrupts("irq")
-            with FakeVmm(s.path) as vmm:
+                vmm.wait_interrupt("irq")
+            with Vmm(s.path) as vmm:
                 vmm.ring("d0")
-                vmm.interrupts("irq")
+                vmm.wait_interrupt("irq")
 
         await s.in_thread(drive)
         await s.until_free()
@@ -290,13 +292,13 @@ async def test_an_eventfd_serves_one_vmm_only(short_dir: Path) -> None:
     """The next VMM gets eventfds of its own: what the last one still holds rings nothing."""
     async with served(Counter(), short_dir) as s:
         def drive() -> None:
-            old = FakeVmm(s.path).keep()
-            with FakeVmm(s.path) as vmm:
+            old = Vmm(s.path).keep()
+            with Vmm(s.path) as vmm:
                 for held in old:
                     if held.item.reference.kind is Kind.DOORBELL:
                         os.eventfd_write(held.fd, 100)
                 vmm.ring("d0")
-                vmm.interrupts("irq")
+                vmm.wait_interrupt("irq")
             for held in old:
                 os.close(held.fd)
 
@@ -308,7 +310,7 @@ async def test_an_eventfd_serves_one_vmm_only(short_dir: Path) -> None:
 async def test_reattaching_after_a_restart_of_hcd(short_dir: Path) -> None:
     """The VMM keeps its eventfds, rings while nobody is there, and the next hcd counts that too. Memory stays."""
     async with served(Counter(), short_dir) as s:
-        vmm = await s.in_thread(lambda: FakeVmm(s.path))
+        vmm = await s.in_thread(lambda: Vmm(s.path))
         await s.until(lambda: s.host.connected)
         with vmm.map_memory() as memory:
             memory[PAGE - 8 :] = b"the same"
@@ -318,11 +320,11 @@ async def test_reattaching_after_a_restart_of_hcd(short_dir: Path) -> None:
     vmm.ring("d1", 6)
     held = vmm.keep()
     async with served(Counter(), short_dir) as s:
-        def again() -> FakeVmm:
-            with FakeVmm(s.path, held=held) as vmm:
+        def again() -> Vmm:
+            with Vmm(s.path, held=held) as vmm:
                 assert len(vmm.adopted) == len(held) == 5
                 assert vmm.removed == []
-                vmm.interrupts("irq")
+                vmm.wait_interrupt("irq")
                 vmm.ring("d0")
                 with vmm.map_memory() as memory:
                     assert memory[PAGE - 8 :] == b"the same"
@@ -337,7 +339,7 @@ async def test_reattaching_after_a_restart_of_hcd(short_dir: Path) -> None:
 async def test_reattaching_to_another_table(short_dir: Path) -> None:
     """What changed is removed and comes new under its id; what is gone is removed; the rest stays."""
     async with served(Counter(), short_dir) as s:
-        held = await s.in_thread(lambda: FakeVmm(s.path).keep())
+        held = await s.in_thread(lambda: Vmm(s.path).keep())
         await s.until_free()
 
         def moved(one: Held) -> Held:
@@ -348,7 +350,7 @@ async def test_reattaching_to_another_table(short_dir: Path) -> None:
 
         def drive() -> None:
             extra = Held(DoorbellItem(99, "gone", Place.PIO, 1), os.eventfd(0))
-            with FakeVmm(s.path, held=[*map(moved, held), extra]) as vmm:
+            with Vmm(s.path, held=[*map(moved, held), extra]) as vmm:
                 d1 = vmm.reference("d1")
                 assert set(vmm.removed) == {Reference(Kind.DOORBELL, 99), d1}
                 assert d1 not in vmm.adopted
@@ -365,7 +367,7 @@ async def test_reattaching_to_another_table(short_dir: Path) -> None:
 
 async def test_a_held_descriptor_that_is_no_eventfd(short_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with served(Counter(), short_dir) as s:
-        held = await s.in_thread(lambda: FakeVmm(s.path).keep())
+        held = await s.in_thread(lambda: Vmm(s.path).keep())
         await s.until_free()
 
         def drive() -> None:
@@ -373,7 +375,7 @@ async def test_a_held_descriptor_that_is_no_eventfd(short_dir: Path, caplog: pyt
                 wrong = [Held(one.item, os.dup(null.fileno())) if one.item.reference.kind is Kind.INTERRUPT else one
                          for one in held]
             with pytest.raises(Gone, match="no eventfd"):
-                FakeVmm(s.path, held=wrong)
+                Vmm(s.path, held=wrong)
             for old, new in zip(held, wrong, strict=True):
                 if old is not new:
                     os.close(old.fd)
@@ -386,7 +388,7 @@ async def test_a_held_descriptor_that_is_no_eventfd(short_dir: Path, caplog: pyt
 async def test_unsealed_memory_is_not_adopted(short_dir: Path) -> None:
     """Memory that the VMM could truncate under hcd is replaced by memory of hcd's own."""
     async with served(Counter(), short_dir) as s:
-        held = await s.in_thread(lambda: FakeVmm(s.path).keep())
+        held = await s.in_thread(lambda: Vmm(s.path).keep())
         await s.until_free()
 
         def unsealed(one: Held) -> Held:
@@ -398,7 +400,7 @@ async def test_unsealed_memory_is_not_adopted(short_dir: Path) -> None:
             return Held(one.item, fd)
 
         def drive() -> None:
-            with FakeVmm(s.path, held=[unsealed(one) for one in held]) as vmm:
+            with Vmm(s.path, held=[unsealed(one) for one in held]) as vmm:
                 assert vmm.removed == [Reference(Kind.MEMORY, 1)]
                 with vmm.map_memory(), pytest.raises(OSError, match="not permitted"):
                     os.ftruncate(vmm.fds[Reference(Kind.MEMORY, 1)], 0)
@@ -411,13 +413,13 @@ async def test_unsealed_memory_is_not_adopted(short_dir: Path) -> None:
 async def test_doorbells_come_and_go(kind: type[Counter], short_dir: Path) -> None:
     """A device adds and removes doorbells while a VMM is attached; counters of a name go on."""
     async with served(kind(), short_dir) as s:
-        vmm = await s.in_thread(lambda: FakeVmm(s.path))
+        vmm = await s.in_thread(lambda: Vmm(s.path))
         await s.until(lambda: s.host.connected)
         new = DoorbellDecl("new", RingPath.PIO, 0x600)
         for rings in (3, 6):
             await s.host.lane.run(lambda: s.device.add_doorbells([new]))
             await s.in_thread(lambda: vmm.until(TableComplete))
-            await s.in_thread(lambda: (vmm.ring("new", 3), vmm.interrupts("irq")))
+            await s.in_thread(lambda: (vmm.ring("new", 3), vmm.wait_interrupt("irq")))
             assert s.device.rings == {"new": rings}
             old = vmm.reference("new")
             await s.host.lane.run(lambda: s.device.remove_doorbells(["new"]))
@@ -439,7 +441,7 @@ async def test_changes_without_a_vmm(short_dir: Path) -> None:
         await s.host.lane.run(lambda: s.device.remove_doorbells(["d0"]))
 
         def drive() -> None:
-            with FakeVmm(s.path) as vmm:
+            with Vmm(s.path) as vmm:
                 vmm.ring("new")
                 with pytest.raises(KeyError):
                     vmm.reference("d0")
@@ -472,9 +474,9 @@ async def test_garbage_ends_its_connection(data: bytes, short_dir: Path, caplog:
                 assert answer[:2] == b"\x40\0"
                 assert answer[16:].strip(b"\0").decode().isprintable()
                 assert sock.recv(1000) == b""
-            with FakeVmm(s.path) as vmm:
+            with Vmm(s.path) as vmm:
                 vmm.ring("d0")
-                vmm.interrupts("irq")
+                vmm.wait_interrupt("irq")
 
         await s.in_thread(drive)
         await s.until_free()
@@ -485,7 +487,7 @@ async def test_garbage_ends_its_connection(data: bytes, short_dir: Path, caplog:
 async def test_garbage_after_attaching(short_dir: Path) -> None:
     async with served(Counter(), short_dir) as s:
         def drive() -> None:
-            vmm = FakeVmm(s.path)
+            vmm = Vmm(s.path)
             vmm.ring("d0")
             vmm.sock.send(struct.pack("<HHIIiQ", 5, 1, 24, 1, 0, 0))
             with pytest.raises(Gone, match="nothing was asked"):
@@ -506,7 +508,7 @@ async def test_a_vmm_that_says_nothing_makes_room(short_dir: Path, monkeypatch: 
                 mute.connect(s.path)
                 assert b"no whole greeting" in mute.recv(1000)
                 assert mute.recv(1) == b""
-                FakeVmm(s.path).close()
+                Vmm(s.path).close()
 
         await s.in_thread(drive)
 
@@ -525,10 +527,10 @@ async def test_killed_in_the_middle_of_attaching(short_dir: Path) -> None:
         def drive() -> None:
             for _ in range(5):
                 with pytest.raises(Dead):
-                    FakeVmm(s.path, register=die)
+                    Vmm(s.path, register=die)
 
         await s.in_thread(drive)
-        await s.in_thread(lambda: FakeVmm(s.path).close())
+        await s.in_thread(lambda: Vmm(s.path).close())
         await s.until(lambda: s.device.calls == ["connect", "disconnect"])
 
 
@@ -543,12 +545,12 @@ async def test_stamps_are_timed_by_the_clock_of_the_vmm(short_dir: Path) -> None
         observed = s.stats("d0").ring
 
         def drive() -> int:
-            with FakeVmm(s.path) as vmm, vmm.map_memory() as memory:
+            with Vmm(s.path) as vmm, vmm.map_memory() as memory:
                 def ring(count: int, *, stamp: bool = True) -> None:
                     if stamp:
                         struct.pack_into("<Q", memory, 0, tsc() + offset)
                     vmm.ring("d0", count)
-                    vmm.interrupts("irq")
+                    vmm.wait_interrupt("irq")
 
                 tsc_khz, tsc = measure_tsc()
                 for _ in range(10):
@@ -576,7 +578,7 @@ async def test_stamps_are_timed_by_the_clock_of_the_vmm(short_dir: Path) -> None
 async def test_the_device_sees_the_shared_memory(short_dir: Path) -> None:
     """What the guest writes the device reads, at the address that the VMM gave; afterwards it is gone."""
     async with served(Counter(), short_dir) as s:
-        vmm = await s.in_thread(lambda: FakeVmm(s.path))
+        vmm = await s.in_thread(lambda: Vmm(s.path))
         await s.until(lambda: s.host.connected)
         with vmm.map_memory() as memory:
             memory[100:105] = b"hello"
@@ -593,9 +595,9 @@ async def test_the_device_of_the_document(short_dir: Path) -> None:
     exec(DOCUMENT.read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0], names)
     async with served(names["Lamp"]("lamp", {}), short_dir) as s:
         def drive() -> None:
-            with FakeVmm(s.path) as vmm:
+            with Vmm(s.path) as vmm:
                 vmm.ring("switch")
-                assert vmm.interrupts("done") == 1
+                assert vmm.wait_interrupt("done") == 1
 
         await s.in_thread(drive)
 
@@ -607,7 +609,7 @@ async def test_nullio(short_dir: Path) -> None:
     options = {"ports": "0x510/2=7, 0x514", "gpas": "0xfee00000", "any_gpas": "0xfee01000", "connections": "3"}
     async with served(NullIo("dev", options), short_dir) as s:
         def drive() -> None:
-            with FakeVmm(s.path) as vmm:
+            with Vmm(s.path) as vmm:
                 for name in ("pio0", "pio1", "mmio0", "any0", "hyperv0"):
                     vmm.ring(name, 10)
 
@@ -629,15 +631,15 @@ async def test_echo(stamps: bool, short_dir: Path) -> None:
     async with served(Echo("dev", {"ports": "0x510 0x514", "stamps": stamps}), short_dir) as s:
         def drive() -> None:
             for _ in range(2):
-                with FakeVmm(s.path) as vmm:
+                with Vmm(s.path) as vmm:
                     for i in range(1, 50):
                         vmm.ring("pio1")
-                        assert vmm.interrupts("pio1") == 1
+                        assert vmm.wait_interrupt("pio1") == 1
                         if stamps:
                             with vmm.map_memory() as memory:
                                 assert struct.unpack_from("<QQ", memory, 16) == (0, i)
                     vmm.ring("pio0")
-                    vmm.interrupts("pio0")
+                    vmm.wait_interrupt("pio0")
 
         await s.in_thread(drive)
         await s.until_free()
@@ -698,3 +700,70 @@ async def test_declarations_that_cannot_be() -> None:
         device.declared = declared
         with pytest.raises(PluginError, match=expected):
             await open_alone(partial(lambda device: device, device))
+
+
+class Slow(AsyncCounter):
+    """Handles "d0" only when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = trio.Event()
+
+    async def ring(self, doorbell: Bell, count: int) -> None:
+        if doorbell.name == "d0":
+            await self.go.wait()
+        await super().ring(doorbell, count)
+
+
+async def test_what_was_rung_while_an_async_handler_ran_is_counted(short_dir: Path) -> None:
+    """The VMM is gone before the handler has ended, and before hcd has looked at the eventfd again."""
+    async with served(Slow(), short_dir) as s:
+        vmm = await s.in_thread(lambda: Vmm(s.path))
+        vmm.ring("d0")
+        await s.until(lambda: s.stats("d0").rings == 1)
+        vmm.ring("d0", 5)
+        vmm.close()
+        await s.until(lambda: s.host.on_change is None)  # the session ends
+        await trio.testing.wait_all_tasks_blocked()
+        s.device.go.set()
+        await s.until_free()
+        assert s.device.rings == {"d0": 6}
+        assert s.host.handler_errors == 0
+
+
+async def test_a_handler_that_does_not_end_holds_up_no_other_doorbell(
+    short_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is cancelled after drain_timeout, which is said and counted; what others were rung is handled."""
+    async with served(Slow(), short_dir) as s:
+        s.host.drain_timeout = 0.05
+        vmm = await s.in_thread(lambda: Vmm(s.path))
+        vmm.ring("d0")
+        await s.until(lambda: s.stats("d0").rings == 1)
+        vmm.ring("d1", 7)
+        vmm.close()
+        await s.until_free()
+        assert s.device.rings == {"d1": 7}
+        assert s.host.handler_errors == 1
+        assert "doorbell d0: the handler of Slow did not end within 0.05 s" in caplog.text
+        assert s.device.calls == ["connect", "disconnect"]
+
+
+async def test_a_vmm_that_gives_up_is_hung_up_on(short_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """ERROR is the last message of a connection: what comes behind it is not read, nor logged."""
+    async with served(Counter(), short_dir) as s:
+        def drive() -> None:
+            with Vmm(s.path) as vmm:
+                for _ in range(50):
+                    vmm.conn.send_error("no more of this", errno.EIO)
+                    try:
+                        vmm.send()
+                    except (BrokenPipeError, ConnectionResetError):
+                        break
+                with pytest.raises((Gone, ConnectionResetError)):
+                    vmm.until(TableComplete)
+
+        await s.in_thread(drive)
+        await s.until_free()
+        assert caplog.text.count("gives up: no more of this") == 1
+        assert s.host.protocol_errors == 0

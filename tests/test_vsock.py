@@ -23,7 +23,7 @@ from hcd.devices.vsock_connection import BOTH
 from hcd.frontend.errors import BackendError
 from hcd.frontend.vsock import VsockDriver
 from hcd.testing import ServedDevice, check_device, serve
-from hcd.wrappers import Stack, parse_text
+from hcd.wrappers import RequestStack, parse_text
 
 GUEST, PORT = 1024, 5000
 ERRORS = "hcd_guest_errors_total"
@@ -727,7 +727,7 @@ def test_the_wrapper_log_decodes_packets(path: str, caplog: pytest.LogCaptureFix
     caplog.set_level(logging.INFO, "hcd")
     with serve(Vsock, {"uds-path": path}) as served:
         host = served.host
-        host.wrapping = Stack([parse_text("log")], served.device, host.lane, host.log)
+        host.wrapping = RequestStack([parse_text("log")], served.device, host.lane, host.log)
         with served.driver() as front:
             driver = VsockDriver(front)
             driver.send(Op.REQUEST, GUEST, PORT)

@@ -210,7 +210,8 @@ def test_the_commands_of_the_page_run_in_order(environment: Environment, need: C
     assert "hcd.toml: ok, 1 device" in output(said, "hcd check")
     assert output(said, "greeter.sock\") as driver") == "b'hello from a file'\n"
     assert 'op="read",status="ok"} 1' in output(said, "curl")
-    assert output(said, "--wrap=log").splitlines()[-1] == "[8, 8, 0]"
+    assert output(said, "mydev --wrap=log").splitlines()[-1] == "[8, 8, 0]"
+    assert output(said, "echo --ports").splitlines()[-1] == "1"
 
 
 def output(said: dict[str, str], part: str) -> str:

@@ -1,10 +1,10 @@
 """``hcd trace``: what one device says and does, live.
 
-Theory of operation. A trace is an observer of the device's messages (in trio) and a wrapper around its requests (on the
-lane). Without one neither is there, and the data plane makes the one comparison that it makes anyway. With one each
-request costs two calls of Python, and a line if it is told of. The lane never waits for the reader: lines go into a
-buffer of limited length, and so many a second are made at most. What does not fit is counted, and the number is told in
-its place.
+Theory of operation. A trace is an observer of the device's messages (in trio) and a wrapper around its requests or
+rings (on the lane). Without one neither is there, and the data plane makes the one comparison that it makes anyway.
+With one each request costs two calls of Python, and a line if it is told of. The lane never waits for the reader:
+lines go into a buffer of limited length, and so many a second are made at most. What does not fit is counted, and the
+number is told in its place.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import trio
-from hcd_protocols.vhost_user.text import message_text
+from hcd_protocols.doorbell.text import message_text as doorbell_text
+from hcd_protocols.vhost_user.text import message_text as vhost_user_text
 
-from hcd.host import DeviceHost
-from hcd.wrappers.narrate import Narrator
+from hcd.doorbell_host import DoorbellHost
+from hcd.host import DeviceHost, HostBase
+from hcd.wrappers.narrate import RequestNarrator, RingNarrator
 
 __all__ = ["DEFAULT_RATE", "Feed", "trace"]
 
-#: requests that are told of in a second
+#: requests, rings and interrupts that are told of in a second
 DEFAULT_RATE = 500
 MAX_RATE = 100_000
 #: lines that wait for the reader
@@ -37,7 +40,7 @@ Event = dict[str, Any]
 class Feed:
     """Lines on their way to one reader: ``admits`` and ``put`` are for any thread, ``take`` for trio.
 
-    ``rate``: so many requests a second are admitted.
+    ``rate``: so many requests, or rings and interrupts, a second are admitted.
     """
 
     def __init__(self, rate: int = DEFAULT_RATE, clock: Callable[[], float] = time.monotonic) -> None:
@@ -52,7 +55,7 @@ class Feed:
         self._filled = trio.Event()
 
     def admits(self) -> bool:
-        """Whether another request may be told of; if not, it is counted as lost."""
+        """Whether something more may be told of; if not, it is counted as lost."""
         with self._lock:
             now = self._clock()
             self._credit = min(self._rate, self._credit + (now - self._seen) * self._rate)
@@ -91,7 +94,7 @@ class Feed:
         return lines
 
 
-class _Tap(Narrator):
+class _RequestTap(RequestNarrator):
     """Puts requests into a feed. For the lane's thread."""
 
     def __init__(self, host: DeviceHost, feed: Feed) -> None:
@@ -108,32 +111,65 @@ class _Tap(Narrator):
         self._feed.put("done", queue=queue, number=number, op=op, status=status, written=written, seconds=took)
 
 
+class _RingTap(RingNarrator):
+    """The same for rings and interrupts."""
+
+    def __init__(self, host: DoorbellHost, feed: Feed) -> None:
+        super().__init__(host.device, {}, host.log)
+        self._feed = feed
+
+    def wants(self) -> bool:
+        return self._feed.admits()
+
+    def begun(self, doorbell: str, number: int, text: str) -> None:
+        self._feed.put("rung", doorbell=doorbell, number=number, text=text)
+
+    def ended(self, doorbell: str, number: int, outcome: str, took: float) -> None:
+        self._feed.put("handled", doorbell=doorbell, number=number, outcome=outcome, seconds=took)
+
+    def signalled(self, interrupt: str, outcome: str, answers: str) -> None:
+        self._feed.put("interrupt", interrupt=interrupt, outcome=outcome, answers=answers)
+
+
+def _tap(host: HostBase, feed: Feed) -> tuple[Callable[[], None], Callable[[], None]]:
+    """What begins to put what ``host`` does into ``feed``, and what ends it, both on the lane."""
+    if isinstance(host, DoorbellHost):
+        rings = _RingTap(host, feed)
+        return partial(host.wrapping.add, rings), partial(host.wrapping.remove, rings)
+    assert isinstance(host, DeviceHost)
+    requests = _RequestTap(host, feed)
+    return partial(host.add_wrapper, requests), partial(host.remove_wrapper, requests)
+
+
 @asynccontextmanager
-async def trace(host: DeviceHost, rate: int = DEFAULT_RATE) -> AsyncIterator[Feed]:
+async def trace(host: HostBase, rate: int = DEFAULT_RATE) -> AsyncIterator[Feed]:
     """What ``host`` says and does, for as long as the block lasts. It begins with who is connected."""
     feed = Feed(rate)
-    tap = _Tap(host, feed)
+    begin, end = _tap(host, feed)
     observer = _Observer(host, feed)
     observer.connection("tracing")
     host.observers.append(observer)
     try:
-        await host.lane.run(lambda: host.add_wrapper(tap))
+        await host.lane.run(begin)
         yield feed
     finally:
         host.observers.remove(observer)
         with trio.CancelScope(shield=True):
-            await host.lane.run(lambda: host.remove_wrapper(tap))
+            await host.lane.run(end)
 
 
 class _Observer:
     """Puts the messages of a device into a feed (:class:`hcd.host.Observer`)."""
 
-    def __init__(self, host: DeviceHost, feed: Feed) -> None:
+    def __init__(self, host: HostBase, feed: Feed) -> None:
         self._host = host
         self._feed = feed
 
     def message(self, direction: str, data: bytes, fds: int) -> None:
-        text = message_text(data, fds, back_channel=direction == "back")
+        if self._host.transport == "kvm":
+            text = doorbell_text(data, fds)
+        else:
+            text = vhost_user_text(data, fds, back_channel=direction == "back")
         self._feed.put("message", direction=direction, text=text)
 
     def connection(self, what: str) -> None:
@@ -142,6 +178,7 @@ class _Observer:
         self._feed.put(
             what,
             device=self._host.spec.name,
+            transport=self._host.transport,
             pid=None if peer is None else peer.pid,
             command="" if peer is None else peer.command,
         )

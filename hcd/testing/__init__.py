@@ -23,7 +23,9 @@ from hcd.frontend.queue import Queue
 from hcd.frontend.ring import Used
 from hcd.testing.conformance import ConformanceError, Exchange, Finding, check_device, find_faults
 from hcd.testing.driver import Driver
-from hcd.testing.serving import ServedDevice, serve
+from hcd.testing.ring_rules import Ring
+from hcd.testing.serving import ServedDevice, ServedDoorbells, serve
+from hcd.testing.vmm import Vmm
 
 __all__ = [
     "BackendError",
@@ -36,9 +38,12 @@ __all__ = [
     "MemorySlot",
     "Queue",
     "RequestFailed",
+    "Ring",
     "ServedDevice",
+    "ServedDoorbells",
     "SharedMemory",
     "Used",
+    "Vmm",
     "check_device",
     "find_faults",
     "serve",

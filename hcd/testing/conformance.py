@@ -6,6 +6,8 @@ back. Requests come from the author (:class:`Exchange`: what to send, and what m
 from the check itself (*probes*: bytes without a meaning). A device may fail a probe and may hold it until the queue
 stops (receive queues do); it must not raise, forget it, or hold it for longer.
 
+With doorbell devices it plays VMMs and their guests alike (:mod:`hcd.testing.ring_rules`).
+
 What goes wrong shows in the answers, in the counters of the host, in the log of hcd, and in what the process holds.
 Each finding names the rule that was broken; ``docs/devices.md`` explains them.
 """
@@ -13,17 +15,22 @@ Each finding names the rule that was broken; ``docs/devices.md`` explains them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import trio
+
 from hcd.demo.hcd_process import Resources
-from hcd.device import Device
+from hcd.device import DoorbellDevice
+from hcd.errors import PluginError
 from hcd.frontend.errors import FrontendError
-from hcd.testing import declaration, rules
+from hcd.testing import declaration, ring_rules, rules
 from hcd.testing.exchanges import Exchange
-from hcd.testing.rules import LAYOUTS, Broken, Layout, Run
-from hcd.testing.serving import ServedDevice, Source, make_device, serve
+from hcd.testing.ring_rules import Ring, RingRun
+from hcd.testing.rules import LAYOUTS, Broken, Run
+from hcd.testing.serving import DoorbellSource, Served, ServedDevice, ServedDoorbells, Source, make_device, serve
 from hcd.testing.settle import settled_growth
 
 __all__ = ["ConformanceError", "Exchange", "Finding", "check_device", "find_faults"]
@@ -40,6 +47,7 @@ RULE_BY_TEXT = (
     ("were in flight when", "stop"),
     ("the handler of", "handler"),
     ("callback raised", "callback"),
+    ("keeps a view of the shared memory", "memory"),
     ("config() raised", "config"),
 )
 
@@ -67,18 +75,18 @@ class ConformanceError(AssertionError):
 
 
 def check_device(
-    device: Source,
+    device: Source | DoorbellSource,
     options: Mapping[str, Any] | None = None,
     *,
-    exchanges: Sequence[Exchange] = (),
+    exchanges: Sequence[Exchange] | Sequence[Ring] = (),
     skip: Collection[str] = (),
     timeout: float = 5.0,
 ) -> None:
     """Raise ConformanceError unless ``device`` keeps the contract of :mod:`hcd.device`.
 
     ``device`` and ``options`` as for :func:`hcd.testing.serve`. ``exchanges``: requests that must work, each with its
-    answer where that is known; the more of a queue's requests are given, the more is found. ``skip``: rules
-    whose findings do not count. ``timeout``: how long (seconds) an exchange may take.
+    answer where that is known, or rings and how they are answered; the more are given, the more is found.
+    ``skip``: rules whose findings do not count. ``timeout``: how long (seconds) an exchange may take.
     """
     made = make_device(device, options)
     if findings := find_faults(made, exchanges=exchanges, skip=skip, timeout=timeout):
@@ -86,30 +94,31 @@ def check_device(
 
 
 def find_faults(
-    device: Source,
+    device: Source | DoorbellSource,
     options: Mapping[str, Any] | None = None,
     *,
-    exchanges: Sequence[Exchange] = (),
+    exchanges: Sequence[Exchange] | Sequence[Ring] = (),
     skip: Collection[str] = (),
     timeout: float = 5.0,
 ) -> list[Finding]:
     """The same, as a list."""
     made = make_device(device, options)
-    check = _Check(made, exchanges, skip, timeout)
-    check.run()
-    return check.findings()
+    wanted = Ring if isinstance(made, DoorbellDevice) else Exchange
+    if not all(isinstance(one, wanted) for one in exchanges):
+        raise TypeError(f"exchanges of {type(made).__name__} are instances of hcd.testing.{wanted.__name__}")
+    check = _RingCheck if isinstance(made, DoorbellDevice) else _RequestCheck
+    return check(made, exchanges, skip, timeout).run()
 
 
 @dataclass(slots=True)
 class _Check:
-    """One run over all rules and layouts."""
+    """One run over all rules."""
 
-    device: Device
-    exchanges: Sequence[Exchange]
+    device: Any
+    exchanges: Sequence[Any]
     skip: Collection[str]
     timeout: float
     found: dict[tuple[str, str], list[str]] = field(default_factory=dict)
-    holding: set[int] = field(default_factory=set)  # queues that hold requests until they stop
 
     def findings(self) -> list[Finding]:
         found = self.found.items()
@@ -120,11 +129,14 @@ class _Check:
         if where and where not in places:
             places.append(where)
 
-    def run(self) -> None:
+    def run(self) -> list[Finding]:
         for text in declaration.faults(type(self.device)):
             self.add("declaration", text)
-        if self.found:
-            return  # what is declared wrongly cannot be served
+        if not self.found:  # what is declared wrongly cannot be served
+            self.serve()
+        return self.findings()
+
+    def serve(self) -> None:
         before = Resources()
         try:
             with _LogWatch() as log, serve(self.device, drain_timeout=DRAIN_TIMEOUT) as served:
@@ -132,53 +144,85 @@ class _Check:
                     self.add("declaration", text)
                 if not self.found:
                     self.run_rules(served, log)
+            for error in served.crashes:
+                self.add("life", f"close() raised {_shown(error)}")
+        except PluginError as error:
+            self.add("declaration", str(error))
         except Exception as error:
-            self.add("life", f"open() or close() raised {_shown(error)}")
+            self.add("life", f"open() raised {_shown(error)}")
         if growth := settled_growth(before, Resources):
             self.add("leaks", f"after close() this process still holds {growth}")
 
+    def run_rules(self, served: Any, log: _LogWatch) -> None:
+        raise NotImplementedError
+
+    def play(
+        self, served: Served, log: _LogWatch, name: str, scene: Callable[[], None], run: Run | RingRun, where: str = ""
+    ) -> None:
+        """One rule, and what hcd noticed meanwhile."""
+        served.run(served.host.rare_log.flush)
+        errors = served.host.handler_errors
+        try:
+            scene()
+        except Broken as broken:
+            self.add(broken.rule or name, str(broken), where)
+        except FrontendError as error:
+            self.add(name, f"{run.step}: {error}", where)
+        finally:
+            run.close()
+        served.wait_disconnected()
+        self.collect(served, log, name, where, served.host.handler_errors - errors)
+
+    def collect(self, served: Served, log: _LogWatch, name: str, where: str, errors: int) -> None:
+        """Turn what hcd noticed into findings."""
+        noticed = False
+        for text in log.take():
+            rule = next((rule for part, rule in RULE_BY_TEXT if part in text), "life")
+            self.add(rule, text, where)
+            noticed = True
+        for error in served.crashes:
+            text = f"a method of the device raised {_shown(error)} and took the connection along"
+            self.add("life", text, where)
+        if errors and not noticed:
+            self.add("handler", f"the handler failed {errors} times during the rule {name}", where)
+        for what, ns in served.slow_steps:
+            if ns > SLOW_NS:
+                self.add("blocking", f"{what} kept every device of the process waiting for "
+                         f"{'more than a second' if ns > 1e9 else 'over 200 ms'}", where)
+        served.crashes.clear()
+        served.slow_steps.clear()
+
+
+class _RequestCheck(_Check):
+    """Of a virtio device, in every layout."""
+
     def run_rules(self, served: ServedDevice, log: _LogWatch) -> None:
+        holding: set[int] = set()  # queues that hold requests until they stop
         layouts = [*LAYOUTS, *(rules.IN_ORDER_LAYOUTS if self.device.in_order else ())]
         for name in rules.RULES:
             known = len(self.found)
             for layout in layouts[:1] if name in rules.ONCE else layouts:
-                self.run_rule(served, log, name, layout)
+                run = Run(served, layout, self.exchanges, self.timeout, holding)
+                self.play(served, log, name, partial(rules.RULES[name], run), run, layout.name)
                 if len(self.found) > known:
                     break  # one kind of ring is enough to see it, and what fails tends to take long
 
-    def run_rule(self, served: ServedDevice, log: _LogWatch, name: str, layout: Layout) -> None:
-        run = Run(served, layout, self.exchanges, self.timeout, self.holding)
-        served.run(served.host.rare_log.flush)
-        errors = served.host.handler_errors
-        try:
-            rules.RULES[name](run)
-        except Broken as broken:
-            self.add(broken.rule or name, str(broken), layout.name)
-        except FrontendError as error:
-            self.add(name, f"{run.step}: {error}", layout.name)
-        finally:
-            run.close()
-        served.wait_disconnected()
-        self.collect(served, log, name, layout, served.host.handler_errors - errors)
 
-    def collect(self, served: ServedDevice, log: _LogWatch, name: str, layout: Layout, errors: int) -> None:
-        """Turn what hcd noticed meanwhile into findings."""
-        noticed = False
-        for text in log.take():
-            rule = next((rule for part, rule in RULE_BY_TEXT if part in text), "life")
-            self.add(rule, text, layout.name)
-            noticed = True
-        for error in served.crashes:
-            text = f"a method of the device raised {_shown(error)} and took the connection along"
-            self.add("life", text, layout.name)
-        if errors and not noticed:
-            self.add("handler", f"the handler failed {errors} times during the rule {name}", layout.name)
-        for what, ns in served.slow_steps:
-            if ns > SLOW_NS:
-                self.add("blocking", f"{what} kept every device of the process waiting for "
-                         f"{'more than a second' if ns > 1e9 else 'over 200 ms'}", layout.name)
-        served.crashes.clear()
-        served.slow_steps.clear()
+class _RingCheck(_Check):
+    """Of a doorbell device."""
+
+    def run_rules(self, served: ServedDoorbells, log: _LogWatch) -> None:
+        for name, rule in ring_rules.RULES.items():
+            run = RingRun(served, self.exchanges, self.timeout)
+            self.play(served, log, name, partial(rule, run), run)
+        served.after_close = partial(self.listen, run)
+
+    async def listen(self, run: RingRun) -> None:
+        """The device is closed, and its lane goes on."""
+        before = run.signals()
+        await trio.sleep(ring_rules.PATIENCE)
+        if run.signals() > before:
+            self.add("late", "the device interrupts after close()")
 
 
 class _LogWatch(logging.Handler):
@@ -197,7 +241,7 @@ class _LogWatch(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
-        if record.name == "hcd.device" or text.startswith("traceback of"):
+        if record.name == "hcd.device" or text.startswith("traceback of") or text.endswith("were suppressed"):
             return  # the device's own lines; what is told once more
         if record.levelno >= logging.ERROR or "were in flight when" in text:
             cause = record.exc_info[1] if record.exc_info else None

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import array
 import errno
+import logging
 import math
 import socket
 from collections.abc import Awaitable, Callable, Sequence
@@ -48,6 +49,7 @@ HELLO_TIMEOUT = 10.0
 #: how long (seconds) the last message of a connection may take to be sent and read
 LAST_TIMEOUT = 1.0
 
+_Observe = Callable[[str, bytes, int], None]
 _Change = tuple[Sequence[HostedDoorbell], Sequence[HostedDoorbell]]
 
 
@@ -74,7 +76,7 @@ async def serve_connected(host: DoorbellHost, sock: socket.socket) -> None:
 async def _say_busy(sock: trio.socket.SocketType) -> None:
     refusal = HostConnection()
     refusal.send_error("another VMM is attached to this device", errno.EBUSY)
-    await _send_last(sock, refusal)
+    await _send_last(sock, refusal, lambda direction, data, fds: None)
 
 
 class _HungUp(Exception):
@@ -119,6 +121,7 @@ class _Session:
     async def run(self) -> None:
         """Serve until the VMM goes, breaks the protocol, or this is cancelled. Raises nothing else."""
         self.host.session = self
+        self.host.tell_observers("connected")
         try:
             await self._serve()
         finally:
@@ -132,7 +135,7 @@ class _Session:
             # Descriptors first: one of them may be the VMM's own end of this socket.
             sockets.close_all(self._conn.take_unclaimed_fds())
             self._conn.send_error(*self._last_words)
-            await _send_last(self._sock, self._conn)
+            await _send_last(self._sock, self._conn, self.host.observe)
 
     async def _until_it_ends(self, part: Callable[[trio.Nursery], Awaitable[None]], nursery: trio.Nursery) -> None:
         """Run one of the two tasks of the connection; the other ends with it.
@@ -142,7 +145,7 @@ class _Session:
         try:
             await part(nursery)
         except _HungUp:
-            self.host.log.info("VMM %s disconnected", self._shown())
+            self.host.rare_log.log(logging.INFO, "connections", "VMM %s disconnected", self._shown())
         except ProtocolError as error:
             self.host.protocol_errors += 1
             self.host.rare_log.error(
@@ -150,7 +153,9 @@ class _Session:
             )
             self._last_words = (str(error), errno.EPROTO)
         except OSError as error:
-            self.host.log.warning("the connection of the VMM %s failed: %s", self._shown(), error)
+            self.host.rare_log.warning(
+                "failed connections", "the connection of the VMM %s failed: %s", self._shown(), error
+            )
             self._last_words = (str(error), errno.EIO)
         self._lost = True
         nursery.cancel_scope.cancel()
@@ -176,12 +181,12 @@ class _Session:
         self.host.on_change = None
         if attachment is not None:
             if self._lost:
-                with trio.move_on_after(self.host.drain_timeout):
-                    await attachment.finish()
+                await attachment.finish()
             await self.host.lane.run(attachment.disconnect)
             attachment.close()
         self._sock.close()
         sockets.close_all(self._conn.take_unclaimed_fds())
+        self.host.tell_observers("disconnected")
         self.host.session = None
         self.over.set()
 
@@ -201,11 +206,13 @@ class _Session:
             if not data:
                 raise _HungUp
             raise ProtocolError("a message that is too long, or more descriptors than this process may open")
+        self.host.observe("in", data, len(fds))
         self._conn.receive_data(data, fds)
 
     async def _send(self) -> None:
         async with self._sending:
             for data, fds in self._conn.data_to_send():
+                self.host.observe("out", data, len(fds))
                 try:
                     await _send_packet(self._sock, data, fds)
                 except (BrokenPipeError, ConnectionResetError):
@@ -229,8 +236,8 @@ class _Session:
             await self._attach(event)
             return
         if isinstance(event, PeerError):
-            self.host.log.warning("the VMM %s gives up: %s", self._shown(), event.text)
-            return
+            self.host.rare_log.warning("VMMs that give up", "the VMM %s gives up: %s", self._shown(), event.text)
+            raise _HungUp
         attachment = self._attachment
         assert attachment is not None
         await self.host.lane.run(lambda: _take_effect(event, attachment))
@@ -291,7 +298,7 @@ async def _send_packet(sock: trio.socket.SocketType, data: bytes, fds: Sequence[
     await sock.sendmsg([data], ancillary)
 
 
-async def _send_last(sock: trio.socket.SocketType, conn: HostConnection) -> None:
+async def _send_last(sock: trio.socket.SocketType, conn: HostConnection, observe: _Observe) -> None:
     """The last words of a connection, if the peer still takes them.
 
     A socket that is closed with packets unread makes the peer's next read fail, with the last words behind it. So what
@@ -300,6 +307,7 @@ async def _send_last(sock: trio.socket.SocketType, conn: HostConnection) -> None
     with trio.move_on_after(LAST_TIMEOUT):
         try:
             for data, fds in conn.data_to_send():
+                observe("out", data, len(fds))
                 await _send_packet(sock, data, fds)
             sock.shutdown(socket.SHUT_WR)
             while await sock.recv(1):

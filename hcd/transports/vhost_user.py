@@ -192,7 +192,7 @@ class _Session:
         handed, self._handed = self._handed, None
         backend = await host.lane.run(self._open)
         host.connected = True
-        self._tell_observers("connected")
+        host.tell_observers("connected")
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch_memory, backend.alarm, nursery.cancel_scope)
@@ -212,10 +212,6 @@ class _Session:
         self._backend = Backend(self.host)
         self.host.session = self
         return self._backend
-
-    def _tell_observers(self, what: str) -> None:
-        for observer in self.host.observers:
-            observer.connection(what)
 
     async def _serve(self, nursery: trio.Nursery, earlier: Record | None = None) -> None:
         host = self.host
@@ -297,7 +293,7 @@ class _Session:
         if self._back_channel is not None:
             self._back_channel.close()
         close_all(self._conn.take_unclaimed_fds())
-        self._tell_observers("disconnected")
+        host.tell_observers("disconnected")
         host.session = None
         host.connected = False
         self.over.set()

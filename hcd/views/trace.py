@@ -30,16 +30,28 @@ def _text(event: Mapping[str, Any]) -> str:
         case "done":
             wrote, took = event["written"], duration(event["seconds"])
             return f"queue {event['queue']} #{event['number']}: {event['op']} {event['status']}, wrote {wrote}, {took}"
+        case "rung":
+            return f"doorbell {event['doorbell']} #{event['number']}: {event['text']}"
+        case "handled":
+            return f"doorbell {event['doorbell']} #{event['number']}: {event['outcome']}, {duration(event['seconds'])}"
+        case "interrupt":
+            answers = f", answers doorbell {event['answers']}" if event["answers"] else ""
+            return f"interrupt {event['interrupt']}: {event['outcome']}{answers}"
         case "lost":
             return f"... {event['lines']} lines more were dropped"
         case "tracing":
             return f"tracing {event['device']}, {_peer(event)}"
         case "connected" | "disconnected" as what:
-            return f"front end {what} ({_peer(event)})"
+            return f"{_kind(event)} {what} ({_peer(event)})"
     return str(dict(event))  # of a later hcd
+
+
+def _kind(event: Mapping[str, Any]) -> str:
+    """Who connects to the device."""
+    return "VMM" if event.get("transport") == "kvm" else "front end"
 
 
 def _peer(event: Mapping[str, Any]) -> str:
     if event["pid"] is None:
-        return "no front end is connected"
+        return f"no {_kind(event)} is connected"
     return " ".join(filter(None, [f"pid {event['pid']}", event.get("command", "")]))

@@ -1,4 +1,4 @@
-"""Wrappers: what any virtio device can be run under, from the configuration, without knowing it.
+"""Wrappers: what any device can be run under, from the configuration, without knowing it.
 
 ::
 
@@ -8,11 +8,14 @@
 The first one named is the outermost: it sees a request first and its completion last. Wrappers live between a queue
 and its device, on the device's lane: the queue shows each request before the device gets it, and each completion before
 the driver sees it. They cost two Python calls a request where they are used, and one comparison where they are not.
+With doorbell devices the same is true of what is rung at once, which is shown before and after the device handles it,
+and of interrupts. :mod:`hcd.wrappers.requests` and :mod:`hcd.wrappers.ring_stack` have the two ways.
 """
 
 from __future__ import annotations
 
-from hcd.wrappers.base import Stack, Wrapper, WrapSpec
+from hcd.wrappers.base import Wrapper, WrapSpec
 from hcd.wrappers.registry import parse, parse_text
+from hcd.wrappers.requests import RequestStack, RequestWrapper
 
-__all__ = ["Stack", "WrapSpec", "Wrapper", "parse", "parse_text"]
+__all__ = ["RequestStack", "RequestWrapper", "WrapSpec", "Wrapper", "parse", "parse_text"]

@@ -1,69 +1,47 @@
-"""``error``: requests that fail or take long, by probability or by pattern, without the device's doing."""
+"""``error``: requests or rings that fail or take long, by probability or by pattern, without the device's doing."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Mapping
-from itertools import cycle
+from collections.abc import Mapping
 from typing import Any
 
 from hcd.dataplane.virtqueue import Request
-from hcd.device import Device, Option
-from hcd.wrappers.base import Log, Wrapper
+from hcd.device import Device, DoorbellDevice, Option
+from hcd.wrappers.base import Log
+from hcd.wrappers.faults import DELAY, FAIL, Faults
+from hcd.wrappers.requests import RequestWrapper
+from hcd.wrappers.rings import LOST, Batch, InjectedFault, RingWrapper
 
-__all__ = ["ErrorWrapper"]
-
-PASS, FAIL, DELAY = ".", "x", "d"
+__all__ = ["RequestErrors", "RingErrors"]
 
 
-class ErrorWrapper(Wrapper):
+class RequestErrors(RequestWrapper):
     """A request that fails never reaches the device; one that is delayed does, and the driver hears of it late."""
 
     description = "fail or delay requests"
     options = (
-        Option("probability", "float", "how many of the requests fail, 0 to 1", 0.0, minimum=0, maximum=1),
-        Option("delay-probability", "float", "how many of the others are delayed", 0.0, minimum=0, maximum=1),
-        Option("pattern", "str", 'instead: a letter a request, over and over: "." passes, "x" fails, "d" is delayed'),
-        Option("delay-ms", "int", "for how long", 100, minimum=1, maximum=3_600_000),
+        *Faults.options("a request", "requests"),
         Option("status", "int", "the device's status of a failed request", 1, minimum=0, maximum=255),
         Option("queue", "int", "only requests of this queue", minimum=0, maximum=255),
-        Option("seed", "int", "the same faults in every run"),
     )
-
-    @classmethod
-    def check(cls, option: Mapping[str, Any]) -> None:
-        pattern, chance = option["pattern"], option["probability"] or option["delay_probability"]
-        if pattern is None and not chance:
-            raise ValueError("expected probability, delay-probability or pattern: nothing would ever happen")
-        if pattern is not None and chance:
-            raise ValueError("expected a pattern or probabilities, not both")
-        if pattern is not None and (not pattern or set(pattern) - {PASS, FAIL, DELAY}):
-            raise ValueError(f'expected a pattern of ".", "x" and "d", found "{pattern}"')
+    check = Faults.check
 
     def __init__(self, device: Device, option: Mapping[str, Any], log: Log) -> None:
         super().__init__(device, option, log)
-        self._pattern: Iterator[str] | None = cycle(option["pattern"]) if option["pattern"] is not None else None
-        self._random = random.Random(option["seed"])
-        self._delayed: set[int] = set()  # by id(), see LogWrapper
+        self._faults = Faults(option)
+        self._delayed: set[int] = set()  # by id(), see Narrator
 
     def taken(self, request: Request) -> bool:
         self._delayed.discard(id(request))  # request objects are used again
         if self.option["queue"] not in (None, request.queue.index):
             return True
-        action = self._next()
+        action = self._faults.next()
         if action == DELAY:
             self._delayed.add(id(request))
         elif action == FAIL:
             self._fail(request)
             return False
         return True
-
-    def _next(self) -> str:
-        if self._pattern is not None:
-            return next(self._pattern)
-        if self._random.random() < self.option["probability"]:
-            return FAIL
-        return DELAY if self._random.random() < self.option["delay_probability"] else PASS
 
     def _fail(self, request: Request) -> None:
         request.status = 1
@@ -77,4 +55,32 @@ class ErrorWrapper(Wrapper):
         if id(request) not in self._delayed:
             return 0.0
         self._delayed.discard(id(request))
-        return float(self.option["delay_ms"]) / 1000
+        return self._faults.delay
+
+
+class RingErrors(RingWrapper):
+    """What is rung at once has one fate: it is lost, or counts as a failure of the handler, or comes late."""
+
+    description = "lose, fail or delay rings"
+    options = (
+        *Faults.options("a batch of rings", "rings"),
+        Option("fault", "str", "rings that fail are lost, or the handler raises", "lose", choices=("lose", "raise")),
+        Option("doorbell", "str", "only rings of this doorbell"),
+    )
+    check = Faults.check
+
+    def __init__(self, device: DoorbellDevice, option: Mapping[str, Any], log: Log) -> None:
+        super().__init__(device, option, log)
+        self._faults = Faults(option)
+
+    def rung(self, batch: Batch) -> float:
+        if self.option["doorbell"] not in (None, batch.bell.name):
+            return 0.0
+        action = self._faults.next()
+        if action == DELAY:
+            return self._faults.delay
+        if action != FAIL:
+            return 0.0
+        if self.option["fault"] == "raise":
+            raise InjectedFault("the wrapper error was asked for it")
+        return LOST

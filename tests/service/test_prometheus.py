@@ -25,15 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_vmm import FakeVmm, measure_tsc
 from lamps import hung_up
 from qtest import PCI_SLOT, QtestVm
 from test_monitoring import RULES, dashboard_expressions, recorded
+from tsc import measure_tsc
 
 from hcd.demo.hcd_process import HcdProcess
 from hcd.frontend.blk import BlockDriver, BlockRequest
 from hcd.frontend.client import Frontend
 from hcd.lab.results import TRIP, Report, Row, save
+from hcd.testing.vmm import Vmm
 
 pytestmark = [pytest.mark.guest, pytest.mark.long]
 
@@ -180,13 +181,13 @@ class Load:
 
     def _calls(self) -> None:
         khz, tsc = measure_tsc()
-        with FakeVmm(str(self.directory / "call.sock")) as vmm, vmm.map_memory() as memory:
+        with Vmm(str(self.directory / "call.sock")) as vmm, vmm.map_memory() as memory:
             vmm.conn.set_clock(tsc_khz=khz, tsc_offset=0)
             vmm.send()
             while not self._stop.wait(0.002):
                 struct.pack_into("<Q", memory, 0, tsc())
                 vmm.ring("hyperv0")
-                vmm.interrupts("hyperv0")
+                vmm.wait_interrupt("hyperv0")
 
     def stop(self) -> None:
         self._stop.set()
