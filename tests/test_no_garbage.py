@@ -22,7 +22,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from fake_vmm import FakeVmm
 from hcd_protocols.vhost_user.messages import FRONTEND_REQUESTS, VERSION, RequestSpec, build_message
 from hcd_protocols.virtio.blk import RequestType
 from manager import Manager
@@ -34,6 +33,7 @@ from hcd.frontend.errors import FrontendError
 from hcd.frontend.memory import MemorySlot, SharedMemory
 from hcd.frontend.net import NET_FEATURES, NetDriver
 from hcd.frontend.rng import EntropyDriver
+from hcd.testing.vmm import Vmm
 
 pytestmark = pytest.mark.long
 
@@ -251,7 +251,7 @@ def all_devices(daemon: Daemon) -> None:
 
 def doorbells(daemon: Daemon) -> None:
     for refuses in (False, True):
-        vmm = FakeVmm(str(daemon.socket("bells")), register=lambda item, error=17 * refuses: error)  # type: ignore[misc]
+        vmm = Vmm(str(daemon.socket("bells")), register=lambda item, error=17 * refuses: error)  # type: ignore[misc]
         vmm.close()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as nonsense, memory_file() as fd:
         nonsense.connect(str(daemon.socket("bells")))
