@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import threading
@@ -275,6 +276,25 @@ async def test_memory_that_was_taken_out_before_the_end_is_taken_away_at_the_end
             device.kept[0].preadv(zeroes, 0)
         os.close(zeroes)
         await s.host.lane.run(lambda: device.kept.pop().complete(0))
+
+
+async def test_a_session_for_which_hcd_has_no_descriptor_left_is_the_only_one_that_ends(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with served(Echo("dev", {}), tmp_path) as s:
+        def none_left(*args: int) -> int:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        def drive() -> None:
+            with monkeypatch.context() as patch:
+                patch.setattr("hcd.backend.os.eventfd", none_left)
+                with Frontend(s.path) as front:
+                    front.wait_hangup()
+            with Frontend.open(s.path) as front:
+                assert echo(front, b"next") == b"next"
+
+        await s.in_thread(drive)
+        assert "Too many open files" in caplog.text
 
 
 async def test_second_front_end_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,6 +11,7 @@ So an orderly end, a crash and kill -9 are recovered from in the same way, and t
 * ``statefile``   the memfd: a version, a checksum, two slots that are written in turn, and a mark "busy"
 * ``record``      what is written into it
 * ``keeper``      keeps the store and the state file of one session up to date
+* ``keeping``     what a session does with it around each message
 * ``recovery``    reads what an earlier process left, and says which of it can be gone on with
 * ``resume``      sets such a session up again
 

@@ -115,7 +115,10 @@ class FdStore:
         ``device`` and ``role`` are for people who look at the store. ``poll``: it may go when the peer hangs up.
         StoreError when the store is full, or the manager cannot be reached.
         """
-        key = identity(fd)
+        try:
+            key = identity(fd)
+        except OSError as error:  # no descriptor left to look it up with
+            raise StoreError(f"it cannot be told apart from others: {error.strerror}") from None
         entry = self._by_key.get(key)
         if entry is None:
             if self.limit is not None and len(self._by_name) >= self.limit:
@@ -159,7 +162,10 @@ class FdStore:
 
     async def _confirm(self) -> None:
         """The manager closes the descriptor of a barrier when it has come that far (sd_notify(3), BARRIER=1)."""
-        reached = self._notifier.barrier()
+        try:
+            reached = self._notifier.barrier()
+        except OSError as error:
+            raise StoreError(f"the service manager cannot be asked: {error.strerror}") from None
         try:
             with trio.move_on_after(CONFIRM_TIMEOUT):
                 await trio.lowlevel.wait_readable(reached)

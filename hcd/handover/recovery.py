@@ -46,10 +46,15 @@ class Handed:
         """The caller's from now on; -1 for no name, or one that is gone."""
         return self.fds[name].pop() if self.fds.get(name) else -1
 
-    def close(self) -> None:
-        """Nobody goes on with it."""
+    def settle(self) -> None:
+        """It is gone on with, or given up. What nobody took is closed."""
         for name in list(self.fds):
             close_all(self.fds.pop(name))
+        self.settled.set()
+
+    def close(self) -> None:
+        """Nobody goes on with it."""
+        self.settle()
         self.keeper.end()
 
 

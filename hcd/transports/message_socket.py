@@ -14,15 +14,16 @@ import fcntl
 import os
 import socket
 import termios
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import trio
 from hcd_protocols.vhost_user import BackendConnection
 
 from hcd.errors import ProtocolError
+from hcd.sockets import close_all, received_fds
 from hcd.transports.accept import hung_up
 
-__all__ = ["HungUp", "MessageSocket", "close_all"]
+__all__ = ["Answers", "HungUp", "MessageSocket"]
 
 HEADER_SIZE = 12
 #: no message brings more than one per memory region of the largest table; rust-vmm allows 32 as well
@@ -127,10 +128,7 @@ class MessageSocket:
         data, ancillary, flags, _ = await self._sock.recvmsg(
             most, socket.CMSG_SPACE(MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC
         )
-        fds = array.array("i")
-        for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+        fds = received_fds(ancillary)
         if flags & socket.MSG_CTRUNC:
             close_all(fds)
             raise ProtocolError(
@@ -139,7 +137,7 @@ class MessageSocket:
         if not data:
             close_all(fds)
             raise HungUp(middle=True)
-        return data, list(fds)
+        return data, fds
 
     # -- out
 
@@ -173,9 +171,3 @@ class MessageSocket:
                 await self.send(self._connection.data_to_send())
             except OSError:
                 return
-
-
-def close_all(fds: Iterable[int]) -> None:
-    """Close descriptors that a message brought."""
-    for fd in fds:
-        os.close(fd)

@@ -106,6 +106,11 @@ class BackendConnection:
         return self._state.protocol_features
 
     @property
+    def config_size(self) -> int:
+        """Bytes of the configuration space."""
+        return self._limits.config_size
+
+    @property
     def status(self) -> int:
         """The device status as SET_STATUS set it last."""
         return self._state.status
