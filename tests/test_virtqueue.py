@@ -215,17 +215,39 @@ def test_in_order(packed: bool) -> None:
 
 
 def test_unpop(pair: Pair) -> None:
-    """The newest request can be put back and comes again; an older one cannot."""
-    submit(pair, [pair.put(b"1")], [])
-    submit(pair, [pair.put(b"2"), pair.put(b"2")], [])
-    first, second = pair.queue.pop_many(2)
-    with pytest.raises(ValueError, match="newest"):
-        pair.queue.unpop(first)
+    """What was taken last can be put back, and what was taken before it then; they come again in their order."""
+    for text in (b"1", b"22", b"333"):
+        submit(pair, [pair.put(bytes([byte])) for byte in text], [])
+    first, second, third = pair.queue.pop_many(3)
+    with pytest.raises(ValueError, match="taken last"):
+        pair.queue.unpop(second)
+    pair.queue.unpop(third)
     pair.queue.unpop(second)
-    again = pair.queue.pop()
-    assert again is not None
-    assert again.read() == b"22"
-    assert pair.stats.found_by_poll == 2
+    assert [request.read() for request in pair.queue.pop_many(3)] == [b"22", b"333"]
+    assert first.read() == b"1"
+    assert pair.stats.found_by_poll == 3
+
+
+def test_a_request_is_not_put_back_when_the_one_taken_after_it_is_answered(pair: Pair) -> None:
+    """It is the newest in flight; but the ring would go back to the other's place, and that would be served twice."""
+    for text in (b"1", b"2"):
+        submit(pair, [pair.put(text)], [])
+    first, second = pair.queue.pop_many(2)
+    second.complete()
+    with pytest.raises(ValueError, match="taken last"):
+        pair.queue.unpop(first)
+    assert pair.queue.pop() is None
+    first.complete()
+
+
+def test_a_request_of_an_earlier_ring_is_not_put_back_into_the_next(pair: Pair) -> None:
+    submit(pair, [pair.put(b"1")], [])
+    late = pair.queue.pop()
+    assert late is not None
+    pair.start(pair.queue.stop())
+    with pytest.raises(ValueError, match="taken last"):
+        pair.queue.unpop(late)
+    late.complete()
 
 
 # -- notifications

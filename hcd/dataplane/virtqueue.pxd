@@ -120,6 +120,7 @@ cdef class Request:
     cdef bint held
     cdef int64_t result       # what complete() was told, while it travels to the owner thread
     cdef uint32_t generation
+    cdef uint64_t number      # of the requests taken from its queue, for unpop
     cdef uint64_t popped
     cdef uint64_t woken
     cdef PyObject *newer      # neighbours among the requests in flight
@@ -162,6 +163,7 @@ cdef class Virtqueue:
     cdef bint call_owed
     cdef unsigned long owner
     cdef uint32_t generation
+    cdef uint64_t taken       # requests so far, without those that were put back
     # in flight, oldest first, and requests that wait to be used again
     cdef PyObject *oldest
     cdef PyObject *newest

@@ -143,7 +143,7 @@ class Virtqueue:
     def lost(self) -> list[Request]: ...
     def enable_kicks(self) -> bool: ...  # of a passive queue, until its next turn; True: the ring holds requests
     def available(self) -> bool: ...  # the ring holds a request
-    def unpop(self, r: Request) -> None: ...  # put back the newest popped request
+    def unpop(self, r: Request) -> None: ...  # put back the one taken last (again and again); else ValueError
 
     # -- for the session that owns it (hcd.backend) and its lane
 

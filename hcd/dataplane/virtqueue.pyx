@@ -437,6 +437,8 @@ cdef class Virtqueue:
         r.held = False
         r.op = r.status = 0
         r.generation = self.generation
+        self.taken += 1
+        r.number = self.taken
         r.popped = hcd_now()
         r.woken = self.woken if self.by_ring else 0
         if self.by_ring:
@@ -524,8 +526,10 @@ cdef class Virtqueue:
 
     cpdef unpop(self, Request r):
         r.live()
-        if <PyObject *>r != self.newest or r.vq is not self:
-            raise ValueError("only the newest request in flight can be put back")
+        # The ring goes back by one place: what was taken there last, and is not answered, is all that can be put back.
+        if r.vq is not self or r.number != self.taken or r.generation != self.generation:
+            raise ValueError("only the request that was taken last can be put back")
+        self.taken -= 1
         if self.by_ring:
             self.stats.c.found_ring -= 1
         else:
