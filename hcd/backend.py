@@ -290,7 +290,7 @@ class Backend:
             vring.watch = None
         if vring.active:
             vring.active = False
-            self._call_device(lambda: self.device.stop_queue(vring.queue))
+            self.host.call_device(self.device.stop_queue, vring.queue)
 
     def _release_kick(self, vring: _Vring) -> None:
         if vring.watch is not None:
@@ -333,7 +333,7 @@ class Backend:
                                      "failed now", queue.index, type(self.device).__name__, len(lost))
         for request in lost:
             request.status = 1
-            self._call_device(lambda request=request: self.device.fail_request(request, 1))  # type: ignore[misc]
+            self.host.call_device(self.device.fail_request, request, 1)
             if not request.completed:
                 request.complete(0)
 
@@ -380,7 +380,7 @@ class Backend:
         for vring in self._vrings:
             vring.enabled = False
             self._update(vring)
-        self._call_device(self.device.disconnect)
+        self.host.call_device(self.device.disconnect)
 
     def begin_close(self, on_drained: Callable[[], None]) -> int:
         """The front end is gone: take no more requests. Returns how many queues still have some in flight, each of
@@ -393,7 +393,7 @@ class Backend:
             self._let_go(vring)
         for doorbell in self.host.doorbells:
             doorbell.on_change = None
-        self._call_device(self.device.disconnect)
+        self.host.call_device(self.device.disconnect)
         for table in self._tables:
             table.set_alarm(-1)
             table.revoke()
@@ -447,19 +447,9 @@ class Backend:
             host.trace_once(error)
         if request is not None:
             request.status = request.status or 1
-            self._call_device(lambda: self.device.fail_request(request, status))
+            self.host.call_device(self.device.fail_request, request, status)
             if not request.completed:
                 request.complete(0)
-
-    def _call_device(self, call: Callable[[], None]) -> None:
-        """A method of the device must not take the session along."""
-        try:
-            call()
-        except Exception as error:
-            self.host.device_errors += 1
-            self.host.rare_log.error(type(error).__name__, "%s failed: %s: %s", type(self.device).__name__,
-                                     type(error).__name__, error)
-            self.host.trace_once(error)
 
 
 def eventfd_count(fd: int) -> int | None:

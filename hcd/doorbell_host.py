@@ -170,13 +170,6 @@ class DoorbellHost(HostBase):
 
     # -- what goes wrong: said and counted, and the device goes on
 
-    def call_device(self, method: Callable[[], None]) -> None:
-        """Call a method of the device. What it raises must not take the session along."""
-        try:
-            method()
-        except Exception as error:
-            self.device_failed(f"{method.__name__}()", error)
-
     def handler_failed(self, bell: Bell, error: Exception) -> None:
         """``ring`` raised."""
         self._ring_errors += 1

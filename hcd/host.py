@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ParamSpec, Protocol
 
 import trio
+from hcd_protocols.virtio.features import RingFeature
 
 from hcd.config import DeviceSpec
 from hcd.dataplane.stats import HotText, QueueStats
@@ -29,8 +30,7 @@ from hcd.wrappers import RequestStack, RequestWrapper
 
 __all__ = ["DeviceHost", "HostBase", "LeavingSession", "Observer", "Peer", "RingState", "SessionView"]
 
-#: virtio 1.3, 5: what a front end tells the driver about the device's own feature bits
-VERSION_1 = 1 << 32
+P = ParamSpec("P")
 
 #: paths that follow from the bus alone, when the operator names it
 _BUS_PATHS: Mapping[str, tuple[Path, str]] = {
@@ -236,6 +236,13 @@ class HostBase:
                             type(error).__name__, error)
         self.trace_once(error)
 
+    def call_device(self, method: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Call a method of the device. What it raises must not take the session along."""
+        try:
+            method(*args, **kwargs)
+        except Exception as error:
+            self.device_failed(f"{method.__name__}()", error)
+
     def trace_once(self, error: BaseException) -> None:
         """Log the traceback of ``error`` the first time that its type comes up on this host."""
         if type(error) not in self._traced:
@@ -302,12 +309,18 @@ class DeviceHost(HostBase):
 
     async def open(self) -> None:
         await self._open_device()
-        count = self.device.num_queues
+        try:
+            self._add_queues(self.device.num_queues)
+        except BaseException:
+            await self.close()
+            raise
+        self._settle_without_asking()
+
+    def _add_queues(self, count: int) -> None:
         if not 1 <= count <= 256:
             raise PluginError(f"{type(self.device).__name__}: {count} queues; expected 1 to 256")
         for index in range(count):
             self._add_queue(str(index))
-        self._settle_without_asking()
 
     def _add_queue(self, queue: str) -> None:
         stats = QueueStats(self.device.operations)
@@ -369,7 +382,7 @@ class DeviceHost(HostBase):
         """On PCI a driver without VERSION_1 is a legacy one, which can only ring by port."""
         if self.spec.bus != "pci":
             self.set_path(Path.UNKNOWN, PathSource.NONE)
-        elif features & VERSION_1:
+        elif features & RingFeature.VERSION_1:
             self.set_path(Path.MMIO, PathSource.NEGOTIATED, "modern")
         else:
             self.set_path(Path.PIO, PathSource.NEGOTIATED, "legacy")

@@ -25,6 +25,7 @@ import re
 from dataclasses import dataclass
 
 import trio
+from hcd_protocols.virtio.features import RingFeature
 
 from hcd import qmp_places
 from hcd.doorbell import Path
@@ -43,7 +44,6 @@ __all__ = [
 ]
 
 TIMEOUT = 10.0
-VIRTIO_F_VERSION_1 = 1 << 32
 
 _NETDEV = re.compile(r"^[\s\\]*(?P<id>\S+): .*\bvhost-user\d+ to (?P<label>.+?)\s*$", re.MULTILINE)
 
@@ -123,9 +123,9 @@ def path_of(facts: DeviceFacts, features: int) -> PathAnswer | None:
         return answer(Path.MMIO, "virtio-mmio")
     if facts.modern_pio_notify is None:
         return None
-    if features & VIRTIO_F_VERSION_1 and not facts.modern_pio_notify:
+    if features & RingFeature.VERSION_1 and not facts.modern_pio_notify:
         return answer(Path.MMIO, "modern")
-    kind = "modern-pio" if features & VIRTIO_F_VERSION_1 else "legacy"
+    kind = "modern-pio" if features & RingFeature.VERSION_1 else "legacy"
     if facts.arch in ("x86_64", "i386"):
         return answer(Path.PIO, kind)
     # Elsewhere there are no ports: PCI's are a window of memory, and QEMU does not tell where it is.

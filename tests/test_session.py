@@ -21,6 +21,7 @@ from hcd.dataplane.stats import HotText
 from hcd.device import Device, DeviceError, GuestError, Request, Virtqueue
 from hcd.doorbell import Path as RingPath
 from hcd.doorbell import Registry
+from hcd.errors import PluginError
 from hcd.frontend.client import Frontend
 from hcd.frontend.errors import BackendError
 from hcd.frontend.memory import MemorySlot, SharedMemory
@@ -109,9 +110,6 @@ async def served(
 ) -> AsyncIterator[Served]:
     path = str(tmp_path / "s")
     hot = HotText()
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(path)
-    listener.listen()
     async with open_lanes(poll_us) as lanes:
         host = DeviceHost(
             DeviceSpec(name="dev", type="echo", socket=path, **spec),
@@ -122,6 +120,9 @@ async def served(
             drain_timeout=drain_timeout,
         )
         await host.open()
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(path)
+        listener.listen()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(vhost_user.serve, host, listener)
             yield Served(host, path, hot)
@@ -295,6 +296,23 @@ async def test_a_session_for_which_hcd_has_no_descriptor_left_is_the_only_one_th
 
         await s.in_thread(drive)
         assert "Too many open files" in caplog.text
+
+
+async def test_a_device_that_turns_out_impossible_once_it_is_open_is_closed_again(tmp_path: Path) -> None:
+    class NoQueues(Echo):
+        open_now = False
+
+        def open(self, lane: object) -> None:
+            self.open_now = True
+
+        def close(self) -> None:
+            self.open_now = False
+
+    device = NoQueues("dev", {}, queues=0)
+    with pytest.RaisesGroup(pytest.RaisesExc(PluginError, match="0 queues; expected 1 to 256")):
+        async with served(device, tmp_path):
+            pass
+    assert not device.open_now
 
 
 async def test_second_front_end_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

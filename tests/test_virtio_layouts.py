@@ -27,7 +27,7 @@ def test_device_ids() -> None:
 
 
 def test_ring_and_transport_features_agree() -> None:
-    """vhost-user names some virtio bits again, with two of its own in the reserved range."""
+    """vhost-user takes its bits from virtio, under the same names, with two of its own in the reserved range."""
     shared = {bit.name: bit.value for bit in TransportFeature}
     assert shared.pop("LOG_ALL") == 1 << 26
     assert shared.pop("PROTOCOL_FEATURES") == 1 << 30

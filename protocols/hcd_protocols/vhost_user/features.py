@@ -10,6 +10,8 @@ import enum
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from hcd_protocols.virtio.features import RingFeature
+
 __all__ = [
     "DEPENDENCIES",
     "QEMU_7_2_MASK",
@@ -50,22 +52,23 @@ class ProtocolFeature(enum.IntFlag):
 
 
 class TransportFeature(enum.IntFlag):
-    """Bits of GET_FEATURES and SET_FEATURES that steer the protocol, whatever the device is."""
+    """Bits of GET_FEATURES and SET_FEATURES that steer the protocol, whatever the device is: those of virtio that back
+    ends look at, and two in its reserved range."""
 
-    NOTIFY_ON_EMPTY = 1 << 24
+    NOTIFY_ON_EMPTY = RingFeature.NOTIFY_ON_EMPTY
     #: VHOST_F_LOG_ALL: every write to guest memory is to be logged
     LOG_ALL = 1 << 26
-    ANY_LAYOUT = 1 << 27
-    INDIRECT_DESC = 1 << 28
-    EVENT_IDX = 1 << 29
+    ANY_LAYOUT = RingFeature.ANY_LAYOUT
+    INDIRECT_DESC = RingFeature.INDIRECT_DESC
+    EVENT_IDX = RingFeature.EVENT_IDX
     #: VHOST_USER_F_PROTOCOL_FEATURES: messages 15 and 16 are understood, and rings begin disabled
     PROTOCOL_FEATURES = 1 << 30
-    VERSION_1 = 1 << 32
+    VERSION_1 = RingFeature.VERSION_1
     #: VIRTIO_F_IOMMU_PLATFORM of old: ring addresses are IOVAs, and IOTLB messages come
-    ACCESS_PLATFORM = 1 << 33
-    RING_PACKED = 1 << 34
-    IN_ORDER = 1 << 35
-    RING_RESET = 1 << 40
+    ACCESS_PLATFORM = RingFeature.ACCESS_PLATFORM
+    RING_PACKED = RingFeature.RING_PACKED
+    IN_ORDER = RingFeature.IN_ORDER
+    RING_RESET = RingFeature.RING_RESET
 
 
 #: Features that make sense only together with others; a front end that takes the first without the rest is
