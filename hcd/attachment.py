@@ -67,6 +67,7 @@ class Attachment:
         self._capabilities = capabilities
         self._fds: dict[Reference, int] = {}
         self._expected: dict[Reference, HostedDoorbell] = {}
+        self._answered: dict[Reference, HostedDoorbell] = {}  # whether the VMM could register them or not
         self._served: dict[Reference, _Served] = {}
         self._clock = (0, 0)
         self._map: mmap.mmap | None = None
@@ -126,14 +127,15 @@ class Attachment:
                 case Kind.INTERRUPT:
                     self._settle_interrupt(outcome)
                 case Kind.DOORBELL:
-                    self._settle_doorbell(outcome, self._expected.pop(outcome.reference))
+                    hosted = self._answered[outcome.reference] = self._expected.pop(outcome.reference)
+                    self._settle_doorbell(outcome, hosted)
 
     def forget(self, references: Iterable[Reference]) -> None:
         """The VMM removed these."""
         for reference in references:
-            served = self._served.pop(reference, None)
-            if served is not None:
-                served.hosted.doorbell.registered = None
+            if (hosted := self._answered.pop(reference, None)) is not None:
+                hosted.doorbell.registered = None
+            if (served := self._served.pop(reference, None)) is not None:
                 self._stop(served)
                 os.close(self._fds.pop(reference))
 
@@ -148,7 +150,10 @@ class Attachment:
         host.log.debug("doorbell %s (%s %s) is registered", item.name, doorbell.path, item)
         bell = Bell(item.name, self._fds[outcome.reference], doorbell.stats)
         bell.on_error, bell.tag = host.handler_failed, host.spec.name
-        host.wrapping.attach(bell, item.datamatch)
+        if host.doorbells.get(item.name) is hosted:
+            host.wrapping.attach(bell, item.datamatch)
+        else:
+            host.wrapping.ignore(bell)
         if item.stamp is not None and self._map is not None:
             bell.set_stamp(self._map, item.stamp)
             bell.set_clock(*self._clock)
@@ -241,8 +246,9 @@ class Attachment:
         for served in self._served.values():
             self._stop(served)
         self._served.clear()
-        for hosted in host.doorbells.values():
+        for hosted in self._answered.values():
             hosted.doorbell.registered = None
+        self._answered.clear()
         for interrupt in host.interrupts.values():
             interrupt.line.set_fd(-1)
         if self.connected:

@@ -375,7 +375,7 @@ class DoorbellDevice(DeviceBase):
         self.change(tuple(doorbells), ())
 
     def remove_doorbells(self, names: Iterable[str]) -> None:
-        """Have these doorbells no longer. KeyError when there is no such one."""
+        """Have these doorbells no longer: no more rings of them from here on. KeyError when there is no such one."""
         self.change((), tuple(names))
 
 

@@ -163,6 +163,7 @@ class DoorbellHost(HostBase):
         made = self._make(added)
         for one in gone:
             del self.doorbells[one.item.name]
+            self.wrapping.withdraw(one.item.name)
         for one in made:
             self._add(one)
         if (on_change := self.on_change) is not None:

@@ -767,3 +767,44 @@ async def test_a_vmm_that_gives_up_is_hung_up_on(short_dir: Path, caplog: pytest
         await s.until_free()
         assert caplog.text.count("gives up: no more of this") == 1
         assert s.host.protocol_errors == 0
+
+
+@pytest.mark.parametrize("kind", LANES)
+async def test_a_doorbell_that_was_removed_is_not_heard_any_more(kind: type[Counter], short_dir: Path) -> None:
+    """Not even while the VMM does not know it yet, nor when it registers one that was gone before it could."""
+    async with served(kind(), short_dir) as s:
+        vmm = await s.in_thread(lambda: Vmm(s.path))
+        await s.until(lambda: s.host.connected)
+        new = DoorbellDecl("new", RingPath.PIO, 0x600)
+        old = s.stats("d1")
+        await s.host.lane.run(lambda: s.device.remove_doorbells(["d1"]))
+        await s.host.lane.run(lambda: s.device.add_doorbells([new]))
+        await s.host.lane.run(lambda: s.device.remove_doorbells(["new"]))
+        vmm.ring("d1", 7)
+        await s.until(lambda: old.rings == 7)
+
+        def settle() -> None:
+            for _ in range(3):
+                vmm.until(TableComplete)
+            vmm.ring("d0")
+            vmm.wait_interrupt("irq")
+
+        await s.in_thread(settle)
+        vmm.close()
+        await s.until_free()
+        assert s.device.rings == {"d0": 1}
+        assert s.host.handler_errors == 0
+
+
+async def test_a_doorbell_that_could_not_be_registered_and_is_gone_is_no_problem(short_dir: Path) -> None:
+    """It is not told of for ever."""
+    async with served(Counter(), short_dir) as s:
+        vmm = await s.in_thread(lambda: Vmm(s.path, register=lambda item: 17 * (getattr(item, "name", "") == "d1")))
+        d1 = s.host.doorbells["d1"].doorbell
+        await s.until(lambda: s.host.connected)
+        assert d1.registered is False
+        await s.host.lane.run(lambda: s.device.remove_doorbells(["d1"]))
+        await s.in_thread(lambda: vmm.until(TableComplete))
+        await s.until(lambda: d1.registered is None)
+        vmm.close()
+        await s.until_free()

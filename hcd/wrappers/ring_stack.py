@@ -9,8 +9,9 @@ disconnected.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import trio
 
@@ -26,7 +27,7 @@ class RingStack(StackBase[RingWrapper]):
     def __init__(self, specs: Sequence[WrapSpec], device: DoorbellDevice, lane: Timers, log: Log) -> None:
         super().__init__(RingWrapper, specs, device, lane, log)
         self._device = device
-        self._values: dict[Bell, int | None] = {}  # the doorbells that are served
+        self._bells: dict[str, tuple[Bell, int | None]] = {}  # those that are served, and their values
         self._lines: list[Interrupt] = []
         self._waiting: dict[Batch, Handle] = {}
         self._hurry = False
@@ -35,17 +36,30 @@ class RingStack(StackBase[RingWrapper]):
 
     def attach(self, bell: Bell, value: int | None) -> None:
         """Be what handles ``bell``; ``value``: its datamatch."""
-        self._values[bell] = value
-        self._wire()
+        self._bells[bell.name] = bell, value
+        bell.handler = self._handler
 
     def detach(self, bell: Bell) -> None:
         """``bell`` is served no more. The device does not hear of rings that wait."""
-        self._values.pop(bell, None)
+        if self._serves(bell):
+            self.withdraw(bell.name)
+
+    def withdraw(self, name: str) -> None:
+        """The device has this doorbell no longer; its VMM may not know that yet."""
+        if (found := self._bells.pop(name, None)) is not None:
+            self.ignore(found[0])
+
+    def ignore(self, bell: Bell) -> None:
+        """Let rings of ``bell`` be counted, and nothing else."""
+        bell.handler = _nothing_async if self._device.is_async() else _nothing
+
+    def _serves(self, bell: Bell) -> bool:
+        return self._bells.get(bell.name, (None,))[0] is bell
 
     def watch(self, line: Interrupt) -> None:
         """See what becomes of an interrupt."""
         self._lines.append(line)
-        self._wire()
+        line.on_signal = self._interrupted if self._wrappers else None
 
     def add(self, wrapper: RingWrapper) -> None:
         super().add(wrapper)
@@ -55,10 +69,15 @@ class RingStack(StackBase[RingWrapper]):
         super().remove(wrapper)
         self._wire()
 
+    @property
+    def _handler(self) -> Callable[[Bell, int], Any]:
+        if not self._wrappers:
+            return self._device.ring
+        return self._ring_async if self._device.is_async() else self._ring
+
     def _wire(self) -> None:
-        wrapped = self._ring_async if self._device.is_async() else self._ring
-        for bell in self._values:
-            bell.handler = wrapped if self._wrappers else self._device.ring
+        for bell, _ in self._bells.values():
+            bell.handler = self._handler
         for line in self._lines:
             line.on_signal = self._interrupted if self._wrappers else None
 
@@ -100,14 +119,11 @@ class RingStack(StackBase[RingWrapper]):
 
     def _go_on(self, batch: Batch) -> None:
         """Outside of the handler: what is raised goes where the handler's goes."""
-        bell = batch.bell
-        if bell not in self._values:
-            return
         try:
             self._pass(batch)
         except Exception as error:
-            assert bell.on_error is not None
-            bell.on_error(bell, error)
+            assert batch.bell.on_error is not None
+            batch.bell.on_error(batch.bell, error)
 
     async def _ring_async(self, bell: Bell, count: int) -> None:
         batch = self._batch(bell, count)
@@ -130,10 +146,11 @@ class RingStack(StackBase[RingWrapper]):
     # -- wrappers
 
     def _batch(self, bell: Bell, count: int) -> Batch:
-        return Batch(bell, count, self._values.get(bell), self._wrappers)
+        return Batch(bell, count, self._bells[bell.name][1], self._wrappers)
 
     def _show(self, batch: Batch) -> float:
         """Show ``batch`` to the wrappers that have not seen it; for how long (seconds) it has to wait now."""
+        batch.lost = batch.lost or not self._serves(batch.bell)
         while batch.seen < len(batch.wrappers) and not batch.lost:
             wrapper = batch.wrappers[batch.seen]
             batch.seen += 1
@@ -162,3 +179,11 @@ class RingStack(StackBase[RingWrapper]):
                 wrapper.interrupted(line.name, answers, outcome)
             except Exception:
                 self._log.exception("a wrapper failed")
+
+
+def _nothing(bell: Bell, count: int) -> None:
+    pass
+
+
+async def _nothing_async(bell: Bell, count: int) -> None:
+    pass
