@@ -8,6 +8,8 @@ import errno
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -600,3 +602,68 @@ def test_nobody_there(vm: Vm, short_dir: Path) -> None:
         pytest.raises(AttachError, match=r"none\.sock: No such file"),
     ):
         attachment.connect()
+
+
+def test_an_interrupt_without_a_route_is_tried_again(
+    machine: Machine, fake: FakeHcd, attachment: Attachment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KVM did not take the route: the next connection asks again, instead of an irqfd that raises nothing."""
+    route = Vm.route
+
+    def refuse(vm: Vm, routes: object) -> None:
+        raise KvmError(Ioctl.SET_GSI_ROUTING, errno.EINVAL)
+
+    monkeypatch.setattr(Vm, "route", refuse)
+    assert connect(attachment, fake)[-1].error == errno.EINVAL
+    monkeypatch.setattr(Vm, "route", route)
+    attachment.detach()
+    assert connect(attachment, fake, held=True)[-1].error == 0
+    assert machine.vm._routes[attachment.interrupt("line").gsi] == [machine.route]
+
+
+def test_what_the_caller_raises_leaves_no_connection(fake: FakeHcd, attachment: Attachment) -> None:
+    """Its own ``place`` says no: nothing stays registered, and the next attempt works."""
+    place = attachment._place
+
+    def nowhere(item: MemoryItem) -> int:
+        raise LookupError("no room")
+
+    attachment._place = nowhere
+    thread = in_thread(lambda: serve_quietly(fake))
+    with pytest.raises(LookupError, match="no room"):
+        attachment.connect()
+    thread.join()
+    assert attachment._socket is None
+    attachment.close()
+    attachment._place = place
+    assert connect(attachment, fake)[0].error == 0
+
+
+def serve_quietly(fake: FakeHcd) -> None:
+    with contextlib.suppress(Exception):
+        serve_table(fake)
+
+
+def test_a_kick_never_comes_after_its_run(kvm: Kvm) -> None:
+    """It would end the process: nobody handles the signal outside of KVM_RUN."""
+    source = """
+import sys, threading
+from hcd.kvm.vm import Kvm
+from hcd.lab.machine import Machine, Ring
+sys.setswitchinterval(1e-6)
+with Kvm() as kvm, Machine(kvm) as machine:
+    stop = threading.Event()
+    def kick():
+        while not stop.is_set():
+            machine.vcpu.kick()
+    threads = [threading.Thread(target=kick) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(60):
+        assert machine.run_exits(Ring(b""), 1, 60).why == ""
+    stop.set()
+    for thread in threads:
+        thread.join()
+"""
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

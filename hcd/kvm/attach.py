@@ -167,9 +167,11 @@ class Attachment:
             while not self._complete:
                 self._receive()
             self._socket.settimeout(None)
-        except (OSError, AttachError) as exc:
+        except BaseException as exc:
             self._disconnect()
-            raise exc if isinstance(exc, AttachError) else AttachError(f"{self.path}: {exc.strerror or exc}") from exc
+            if isinstance(exc, OSError):
+                raise AttachError(f"{self.path}: {exc.strerror or exc}") from exc
+            raise
         self._thread = threading.Thread(target=self._follow, name=f"attached to {self.device}", daemon=True)
         self._thread.start()
 
@@ -319,8 +321,9 @@ class Attachment:
 
     def _register_interrupt(self, one: Attached, item: InterruptItem) -> int:
         if one.gsi < 0:
-            one.gsi = self.vm.free_gsi()
-            self.vm.route({one.gsi: self._route_of(item)})
+            gsi = self.vm.free_gsi()
+            self.vm.route({gsi: self._route_of(item)})
+            one.gsi = gsi  # only now: without a route it would raise nothing
         one.registration = self.vm.irqfd(one.fd, one.gsi, name=item.name)
         return one.gsi
 

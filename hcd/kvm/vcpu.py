@@ -60,6 +60,8 @@ class Vcpu:
             raise
         self._run: abi.Run | None = abi.Run.from_buffer(self._page)
         self._thread = 0
+        self._kicking = threading.Lock()  # a kick after its run had ended would end the process
+        self._kicked = False  # one signal is enough, and more of them would fill a queue that has a limit
 
     def close(self) -> None:
         """Harmless when repeated."""
@@ -167,17 +169,18 @@ class Vcpu:
         finally:
             timer.cancel()
             timer.join()
-            self._thread = 0
-            while signal.sigtimedwait([KICK_SIGNAL], 0) is not None:
-                pass
+            with self._kicking:
+                self._thread = 0
+            self._drain_kicks()
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
     def kick(self) -> None:
         """Make a run of this vCPU return from KVM_RUN soon; nothing if it does not run. Any thread."""
-        thread = self._thread
-        if thread:
-            self.page.immediate_exit = 1
-            signal.pthread_kill(thread, KICK_SIGNAL)
+        with self._kicking:
+            if self._thread and not self._kicked:
+                self._kicked = True
+                self.page.immediate_exit = 1
+                signal.pthread_kill(self._thread, KICK_SIGNAL)
 
     def _time_is_over(self, over: threading.Event) -> None:
         over.set()
@@ -199,9 +202,11 @@ class Vcpu:
 
     def _drain_kicks(self) -> None:
         """A kick that was not for the deadline: run on."""
-        self.page.immediate_exit = 0
-        while signal.sigtimedwait([KICK_SIGNAL], 0) is not None:
-            pass
+        with self._kicking:
+            self._kicked = False
+            self.page.immediate_exit = 0
+            while signal.sigtimedwait([KICK_SIGNAL], 0) is not None:
+                pass
 
     def _set_mask(self, blocked: Iterable[int]) -> None:
         bits = sum(1 << (number - 1) for number in blocked if number != KICK_SIGNAL)
