@@ -221,7 +221,7 @@ def test_a_vmm_outlives_its_hcd(kvm: None, short_dir: Path) -> None:
     ("arguments", "words"),
     [
         (["--paths", "smoke"], "expected some of pio, mmio, hypercall"),
-        (["--rings", "0"], "expected a number above 0"),
+        (["--rings", "0"], "expected a number from 1 to 18350080"),
         (["--pin", "a"], "expected processors like 2,3"),
         (["--metrics", "nowhere"], "HOST:PORT"),
         (["--pin", "9999", "--rings", "1", "--no-save"], "--pin: cannot run on 9999"),
@@ -457,3 +457,19 @@ def test_metrics_name_the_doorbell() -> None:
     text = '# TYPE hcd_doorbell_rings counter\nhcd_doorbell_rings_total{device="d",queue="q",path="pio"} 5\n'
     assert Scrape(text).rings({"device": "d", "doorbell": "q"}) == 5
     assert isinstance(Scrape(text).metrics, Metrics)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--paths", "pio/banana"), "nothing to ring over pio/banana; there is hypercall, "),
+        (("--rings", "99999999"), "expected a number from 1 to 18350080, found '99999999'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    kvm: None, state: Path, arguments: tuple[str, ...], expected: str
+) -> None:
+    """And the kept result stays as it was."""
+    done = hcd_lab(*arguments)
+    assert (done.returncode != 0, expected in done.stderr) == (True, True), done.stderr
+    assert not state.exists()

@@ -25,7 +25,9 @@ _LISTS: Mapping[str, tuple[Path, str, int, str]] = {
     "connections": (Path.HYPERCALL, "hyperv", 0, "hyperv"),
     "xen-ports": (Path.HYPERCALL, "xen", 0, "xen"),
 }
-_ENTRY = re.compile(r"(0x[0-9a-fA-F]+|[0-9]+)(?:/([0-9]+))?(?:=(0x[0-9a-fA-F]+|[0-9]+))?", re.ASCII)
+#: not 010, which may be 8 or 10
+_NUMBER = r"0x[0-9a-fA-F]{1,16}|0|[1-9][0-9]{0,19}"
+_ENTRY = re.compile(rf"({_NUMBER})(?:/([0-9]))?(?:=({_NUMBER}))?")
 
 
 class BellDevice(DoorbellDevice):

@@ -17,7 +17,8 @@ from hcd.errors import ConfigError, HcdError
 from hcd.lab import facts, plot, report, results
 from hcd.lab.child import VmmProcess
 from hcd.lab.devices import configuration
-from hcd.lab.experiment import Experiment
+from hcd.lab.experiment import ROUNDS, Experiment
+from hcd.lab.machine import MAX_SAMPLES
 from hcd.lab.metrics import Scrape
 from hcd.lab.results import Report
 
@@ -27,6 +28,8 @@ DESCRIPTION = "Measure what each path out of a guest costs on this machine: a ti
 DEFAULT_RINGS = 100_000
 #: a round trip is that much slower that it gets fewer rings
 _TRIPS_SHARE = 10
+#: what the tiny guest has room to note in one round, in all of them
+MAX_RINGS = ROUNDS * MAX_SAMPLES
 _PATHS = ("pio", "mmio", "hypercall")
 
 
@@ -35,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--paths", type=_paths, default=_PATHS, metavar="LIST", help="of pio, mmio, hypercall, or like mmio/any-length"
     )
-    parser.add_argument("--rings", type=_positive, default=DEFAULT_RINGS, metavar="N", help=f"default {DEFAULT_RINGS}")
-    parser.add_argument("--trips", type=_positive, metavar="N", help="round trips; default a tenth of --rings")
+    parser.add_argument("--rings", type=_count, default=DEFAULT_RINGS, metavar="N", help=f"default {DEFAULT_RINGS}")
+    parser.add_argument("--trips", type=_count, metavar="N", help="round trips; default a tenth of --rings")
     parser.add_argument("--json", metavar="FILE", help="write everything there; - is standard output")
     parser.add_argument("--plot", metavar="FILE", help="draw the distributions (PNG, SVG, PDF; needs matplotlib)")
     parser.add_argument("--pin", type=_cpus, metavar="CPUS", help="the guest on the first, hcd on the others: 2,3")
@@ -174,10 +177,10 @@ def _paths(text: str) -> tuple[str, ...]:
     return found
 
 
-def _positive(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
+def _count(text: str) -> int:
+    number = int(text) if text.isdecimal() and len(text) < 20 else 0
+    if not 1 <= number <= MAX_RINGS:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 to {MAX_RINGS}, found {text!r}")
     return number
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
+from hcd.errors import HcdError
 from hcd.lab.child import VmmFailed, VmmProcess
 from hcd.lab.metrics import Scrape, histogram_rows
 from hcd.lab.results import EXIT, QUANTILES, RING, TRIP, Count, Measure, Row, quantile
@@ -111,7 +112,11 @@ class Experiment:
         ]
 
     def keep_only(self, wanted: Sequence[str]) -> None:
-        """Forget targets that are not of these paths ("pio") or kinds ("mmio/any-length")."""
+        """Forget targets that are not of these paths ("pio") or kinds ("mmio/any-length"). HcdError for any that
+        there is none of."""
+        names = {name for one in self.targets for name in (one.path, f"{one.path}/{one.kind}")}
+        if missing := [name for name in wanted if name not in names]:
+            raise HcdError(f"nothing to ring over {', '.join(missing)}; there is {', '.join(sorted(names))}")
         self.targets = [one for one in self.targets if {one.path, f"{one.path}/{one.kind}"} & set(wanted)]
 
     # -- doing it
