@@ -255,7 +255,7 @@ def test_a_device_that_raises_while_it_stops_is_stopped_all_the_same(
     with Driver.open(short_dir / "bad") as driver:
         assert driver.ask(b"hello", 8) == b"HELLO"
         assert bad.errors() == 3  # one for the queue, one for the connection
-    assert "Clumsy: stop_queue() raised ZeroDivisionError: cannot leave" in bad.hcd.log_text
+    assert "Clumsy: disconnect() raised ZeroDivisionError: cannot leave" in bad.hcd.log_text
     assert bad.hcd.log_text.count("Traceback") == 1
 
 
