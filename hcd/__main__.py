@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 
 from hcd.cli import main as run_cli
 
@@ -10,7 +11,12 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    sys.exit(run_cli(sys.argv[1:]))
+    status = run_cli(sys.argv[1:])
+    if threading.active_count() > 1:
+        from hcd.deadline import leave_threads
+
+        leave_threads(status)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import logging
 import os
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from weakref import WeakSet
 
@@ -31,10 +32,10 @@ from hcd_protocols.vhost_user.features import TransportFeature
 
 from hcd.dataplane.memory import MemoryTable, describe_mode
 from hcd.dataplane.stats import DoorbellStats
-from hcd.dataplane.virtqueue import Inflight, Virtqueue
+from hcd.dataplane.virtqueue import Inflight, Request, Virtqueue
 from hcd.device import Handle
 from hcd.doorbell import Doorbell
-from hcd.errors import DeviceError, GuestError, ProtocolError
+from hcd.errors import DeviceError, GuestError, ProtocolError, shown
 from hcd.host import DeviceHost, RingState
 
 __all__ = ["Backend", "eventfd_count"]
@@ -332,10 +333,7 @@ class Backend:
             self.host.rare_log.error((queue.index, "lost"), "queue %d: %s never completed %d requests; they are "
                                      "failed now", queue.index, type(self.device).__name__, len(lost))
         for request in lost:
-            request.status = 1
-            self.host.call_device(self.device.fail_request, request, 1)
-            if not request.completed:
-                request.complete(0)
+            self._fail(request, 1)
 
     def finish_stop(self, index: int) -> int:
         """Let the ring go; returns its base. Requests still in flight are given up."""
@@ -427,6 +425,8 @@ class Backend:
         """The handler of ``queue`` raised, or its ring is broken."""
         host = self.host
         request = queue.unfinished()
+        if request is None and not queue.broken and queue.stalled():
+            request = queue.pop()  # the handler would fail over it again, and the driver never hear of it
         status = 1
         if queue.broken:
             host.rare_log.error(
@@ -441,14 +441,25 @@ class Backend:
             host.rare_log.warning((queue.index, "guest"), "queue %d: bad request of the driver: %s", queue.index, error)
         else:
             queue.stats.handler_errors += 1
-            if host.rare_log.error((queue.index, type(error).__name__), "queue %d: the handler of %s failed: %s: %s",
-                                   queue.index, type(self.device).__name__, type(error).__name__, error):
+            if host.rare_log.error((queue.index, type(error).__name__), "queue %d: the handler of %s failed: %s",
+                                   queue.index, type(self.device).__name__, shown(error)):
                 host.log.debug("queue %d", queue.index, exc_info=error)
             host.trace_once(error)
         if request is not None:
-            request.status = request.status or 1
-            self.host.call_device(self.device.fail_request, request, status)
-            if not request.completed:
+            self._fail(request, status)
+        # When the exception is gone, so is what it alone referred to: requests that the handler held when it failed.
+        host.lane.post(lambda: self._fail_dropped(queue))
+
+    def _fail_dropped(self, queue: Virtqueue) -> None:
+        for request in queue.lost() if queue.is_started else ():
+            self._fail(request, 1)
+
+    def _fail(self, request: Request, status: int) -> None:
+        """End ``request`` as failed, whatever the device makes of it."""
+        request.status = request.status or 1
+        self.host.call_device(self.device.fail_request, request, status)
+        while not request.completed:
+            with suppress(ValueError):  # once, for an operation that the device does not have
                 request.complete(0)
 
 

@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from types import FrameType
 
 import trio
 
@@ -26,6 +27,7 @@ from hcd.config import Address, DaemonConfig
 from hcd.control import settings
 from hcd.control.calls import Calls, Probe
 from hcd.control.server import serve as serve_control
+from hcd.deadline import Deadline
 from hcd.errors import ConfigError, HcdError
 from hcd.handover import fdstore
 from hcd.handover.fdstore import FdStore
@@ -64,6 +66,16 @@ class _Daemon:
     failure: HcdError | None = None  # why it could not start
     beside: Callable[[], Awaitable[None]] | None = None  # what it ends with
     supervisor: Supervisor | None = None
+    deadline: Deadline = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.deadline = Deadline(self.stop_timeout)
+
+    @property
+    def stop_timeout(self) -> float:
+        """Sessions drain beside each other; devices are closed one after the other."""
+        drain, devices = self.config.drain_timeout, len(self.config.devices)
+        return STOP_TIMEOUT + drain + (drain + CLOSE_TIMEOUT) * devices
 
 
 def run(
@@ -89,6 +101,7 @@ def run(
     try:
         trio.run(_main, daemon)
     finally:
+        daemon.deadline.cancel()
         if before is not None:
             signal.signal(signal.SIGHUP, before)
         daemon.notifier.close()
@@ -110,6 +123,8 @@ async def _end_on_signal(
 ) -> None:
     """Cancel ``serving`` at the first signal. A second one finds no handler and ends the process."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        for one in (signal.SIGTERM, signal.SIGINT):
+            _hasten(daemon, one)
         task_status.started()
         async for number in signals:
             _log.info("%s: ending", signal.Signals(number).name)
@@ -231,9 +246,23 @@ def _bind_control(stack: AsyncExitStack, config: DaemonConfig) -> socket.socket 
     return made.socket
 
 
+def _hasten(daemon: _Daemon, number: signal.Signals) -> None:
+    """Have the signal end the process even where trio, which is to hear of it, hangs in a device."""
+    tell = signal.getsignal(number)
+    assert callable(tell)
+
+    def handle(caught: int, frame: FrameType | None) -> None:
+        if daemon.deadline.running:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(caught)
+        daemon.deadline.start()
+        tell(caught, frame)
+
+    signal.signal(number, handle)
+
+
 def _say_stopping(daemon: _Daemon) -> None:
-    """Sessions drain beside each other; devices are closed one after the other."""
-    drain, devices = daemon.config.drain_timeout, len(daemon.config.devices)
+    daemon.deadline.start()
     daemon.notifier.stopping()
-    daemon.notifier.extend_timeout(STOP_TIMEOUT + drain + (drain + CLOSE_TIMEOUT) * devices)
+    daemon.notifier.extend_timeout(daemon.stop_timeout)
 

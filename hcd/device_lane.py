@@ -6,10 +6,12 @@ logged as the device's, and so is the time for which they held the others up.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 from hcd.device import Handle
+from hcd.errors import contained
 from hcd.lanes import QueueLane
 from hcd.slow import SlowSteps
 
@@ -32,7 +34,9 @@ class DeviceLane:
         return self._lane.watch(fd, self._guarded("a watch's callback", callback))
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Handle:
-        return self._lane.call_later(seconds, self._guarded("a timer's callback", callback))
+        if math.isnan(seconds):
+            raise ValueError("call_later() wants seconds, not nan")
+        return self._lane.call_later(max(0.0, seconds), self._guarded("a timer's callback", callback))
 
     def post(self, callback: Callable[[], None]) -> None:
         self._lane.post(self._guarded("a posted callback", callback))
@@ -41,7 +45,7 @@ class DeviceLane:
         def run() -> None:
             try:
                 self._slow.timed(self._name, what, callback)
-            except Exception as error:
-                self._failed(what, error)
+            except BaseException as error:
+                self._failed(what, contained(error))
 
         return run

@@ -18,7 +18,7 @@ from hcd.dataplane.bell import Bell, Interrupt
 from hcd.dataplane.stats import HotText, InterruptStats
 from hcd.device import DoorbellDecl, DoorbellDevice
 from hcd.doorbell import Doorbell, Path, PathSource, Registry
-from hcd.errors import ConfigError, PluginError
+from hcd.errors import ConfigError, PluginError, shown
 from hcd.host import HostBase
 from hcd.lanes import Lanes
 from hcd.wrappers.ring_stack import RingStack
@@ -176,8 +176,8 @@ class DoorbellHost(HostBase):
         self._ring_errors += 1
         self.rare_log.error(
             (bell.name, type(error).__name__),
-            "doorbell %s: the handler of %s failed: %s: %s",
-            bell.name, type(self.device).__name__, type(error).__name__, error,
+            "doorbell %s: the handler of %s failed: %s",
+            bell.name, type(self.device).__name__, shown(error),
         )
         self.trace_once(error)
 

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 from hcd_protocols.errors import ProtocolError
 
-__all__ = ["ConfigError", "DeviceError", "GuestError", "HcdError", "PluginError", "ProtocolError"]
+__all__ = [
+    "ConfigError", "DeviceError", "GuestError", "HcdError", "PluginError", "ProtocolError", "contained", "shown",
+]
 
 
 class HcdError(Exception):
@@ -43,3 +45,28 @@ class DeviceError(HcdError):
     def __init__(self, message: str, status: int = 1) -> None:
         super().__init__(message)
         self.status = status
+
+
+def contained(error: BaseException) -> Exception:
+    """What a plug-in raised, as something that ends no more than what the plug-in was asked for.
+
+    SystemExit and its like are for programs: a device that calls sys.exit() ends neither hcd nor a lane.
+    """
+    if isinstance(error, Exception):
+        return error
+    name = type(error).__name__
+    return PluginError(f"{name}({_text(error)}), which is for programs, not for devices").with_traceback(
+        error.__traceback__
+    )
+
+
+def shown(error: BaseException) -> str:
+    """Type and text of ``error`` for a log line, whatever a plug-in made of it."""
+    return f"{type(error).__name__}: {_text(error)}"
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:
+        return "(it has no text)"

@@ -17,10 +17,11 @@ from hcd_protocols.virtio.features import RingFeature
 from hcd.config import DeviceSpec
 from hcd.dataplane.stats import HotText, QueueStats
 from hcd.dataplane.virtqueue import Limit, Virtqueue
+from hcd.declaration import config_fault, unusable_when_open
 from hcd.device import Device, DeviceBase
 from hcd.device_lane import DeviceLane
 from hcd.doorbell import Doorbell, Path, PathSource, Registry
-from hcd.errors import PluginError
+from hcd.errors import PluginError, contained, shown
 from hcd.handover.fdstore import FdStore
 from hcd.instruments import Instruments
 from hcd.lanes import Lanes, QueueLane
@@ -194,17 +195,26 @@ class HostBase:
 
     async def _open_device(self) -> None:
         """A plain device may take its time in ``open``, for a lock say: not at the cost of trio's side."""
-        if self._device.is_async():
-            self._device.open(self._device_lane)
-        else:
-            await trio.to_thread.run_sync(self._device.open, self._device_lane)
+        try:
+            if self._device.is_async():
+                self._device.open(self._device_lane)
+            else:
+                # Abandoned where the daemon is told to end: what never returns must not keep it.
+                await trio.to_thread.run_sync(self._device.open, self._device_lane, abandon_on_cancel=True)
+        except trio.Cancelled:
+            raise
+        except BaseException as error:
+            raise contained(error) from error.__cause__
 
     async def close(self) -> None:
         """Take the device's series away and release what it holds."""
         self._registry.remove_device(self.spec.name)
         self._hot.remove_device(self.spec.name)
         self._slow.counts.pop(self.spec.name, None)
-        self._device.close()
+        try:
+            self._device.close()
+        except BaseException as error:
+            raise contained(error) from error.__cause__
 
     def accept_scope(self) -> trio.CancelScope:
         """What peers are accepted in; :meth:`leave` cancels it."""
@@ -232,16 +242,16 @@ class HostBase:
     def device_failed(self, what: str, error: Exception) -> None:
         """``what`` (a method of the device) raised ``error``, which is nobody's fault but its own."""
         self.device_errors += 1
-        self.rare_log.error((what, type(error).__name__), "%s: %s raised %s: %s", type(self._device).__name__, what,
-                            type(error).__name__, error)
+        self.rare_log.error((what, type(error).__name__), "%s: %s raised %s", type(self._device).__name__, what,
+                            shown(error))
         self.trace_once(error)
 
     def call_device(self, method: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
         """Call a method of the device. What it raises must not take the session along."""
         try:
             method(*args, **kwargs)
-        except Exception as error:
-            self.device_failed(f"{method.__name__}()", error)
+        except BaseException as error:
+            self.device_failed(f"{method.__name__}()", contained(error))
 
     def trace_once(self, error: BaseException) -> None:
         """Log the traceback of ``error`` the first time that its type comes up on this host."""
@@ -296,9 +306,12 @@ class DeviceHost(HostBase):
     def storage_size(self) -> int | None:
         """Bytes of storage, if the device has any. Any thread."""
         try:
-            return self.device.storage_size()
-        except Exception as error:  # a plug-in's; what is told of it must not depend on that
-            self.device_failed("storage_size()", error)
+            size = self.device.storage_size()
+            if size is not None and not (isinstance(size, int) and size >= 0):
+                raise TypeError(f"{size!r} is no number of bytes")
+            return size
+        except BaseException as error:  # a plug-in's; what is told of it must not depend on that
+            self.device_failed("storage_size()", contained(error))
             return None
 
     # -- life
@@ -310,17 +323,42 @@ class DeviceHost(HostBase):
     async def open(self) -> None:
         await self._open_device()
         try:
-            self._add_queues(self.device.num_queues)
+            self._check_device()
+            for index in range(self.device.num_queues):
+                self._add_queue(str(index))
         except BaseException:
             await self.close()
             raise
         self._settle_without_asking()
 
-    def _add_queues(self, count: int) -> None:
-        if not 1 <= count <= 256:
-            raise PluginError(f"{type(self.device).__name__}: {count} queues; expected 1 to 256")
-        for index in range(count):
-            self._add_queue(str(index))
+    def _check_device(self) -> None:
+        """PluginError where nobody could be served."""
+        try:
+            faults = list(unusable_when_open(self.device))
+        except BaseException as error:
+            raise PluginError(f"{type(self.device).__name__}, asked what it is: {shown(error)}") from error
+        if faults:
+            raise PluginError(f"{type(self.device).__name__}: {'; '.join(faults)}")
+
+    # -- its configuration space
+
+    def config_size(self) -> int:
+        """Bytes of the configuration space that front ends are offered; 0: none, or none that makes sense."""
+        device = self.device
+        if type(device).serves_config is not Device.serves_config and not device.serves_config:
+            return 0
+        return len(self.read_config(None))
+
+    def read_config(self, size: int | None) -> bytes:
+        """All of it, if it has ``size`` bytes or that is not known yet; empty, and counted, if it is no good."""
+        try:
+            config = self.device.config()
+            if fault := config_fault(config, size):
+                raise ValueError(fault)
+        except BaseException as error:
+            self.device_failed("config()", contained(error))
+            return b""
+        return config
 
     def _add_queue(self, queue: str) -> None:
         stats = QueueStats(self.device.operations)

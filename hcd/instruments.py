@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from math import prod
+from math import isfinite, prod
 
 __all__ = ["DEFAULT_BUCKETS", "PREFIX", "Counter", "Gauge", "Histogram", "Instruments", "Metric", "faults"]
 
@@ -72,7 +72,8 @@ class Gauge:
         self.value: float = 0
 
     def set(self, value: float) -> None:
-        self.value = value
+        """TypeError or ValueError for what is no number."""
+        self.value = float(value)
 
     def inc(self, by: float = 1) -> None:
         self.value += by
@@ -132,6 +133,12 @@ def _make(metric: Metric) -> Instrument:
     return Counter() if metric.kind == "counter" else Gauge()
 
 
+def _ascend(buckets: Sequence[float]) -> bool:
+    """Whether these are upper bounds; that of the last bucket, infinity, is not one of them."""
+    numbers = all(isinstance(bound, int | float) and isfinite(bound) for bound in buckets)
+    return bool(buckets) and numbers and list(buckets) == sorted(set(buckets))
+
+
 def faults(declared: Iterable[object]) -> Iterator[str]:
     """What is wrong with the declarations of one device type."""
     seen: set[str] = set()
@@ -156,8 +163,8 @@ def _metric_faults(metric: Metric) -> Iterator[str]:
         yield f'has the unknown kind "{metric.kind}"; expected {", ".join(KINDS)}'
     if (metric.kind == "counter") != metric.name.endswith("_total"):
         yield "has a name that ends in _total, or should: counters do, and nothing else"
-    if metric.kind == "histogram" and (not metric.buckets or list(metric.buckets) != sorted(set(metric.buckets))):
-        yield "has buckets that do not ascend"
+    if metric.kind == "histogram" and not _ascend(metric.buckets):
+        yield "has buckets that are not numbers, or do not ascend"
     if not metric.help.strip() or "\n" in metric.help:
         yield "has no help, or more than a line of it"
     for label, values in metric.labels.items():

@@ -9,6 +9,7 @@ each over with :meth:`run`, which also brings the outcome back: a message is ans
 from __future__ import annotations
 
 import logging
+import select
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -22,7 +23,9 @@ from hcd.dataplane.bell import Bell
 from hcd.dataplane.reactor import Reactor
 from hcd.dataplane.virtqueue import Virtqueue
 from hcd.device import DeviceBase, Handle
+from hcd.errors import contained
 from hcd.slow import SlowSteps, stepwise
+from hcd.turns import check_turn
 
 __all__ = ["AsyncVirtqueue", "BellHandle", "Lanes", "QueueLane", "ReactorLane", "TrioLane", "open_lanes"]
 
@@ -131,13 +134,13 @@ class ReactorLane:
         done = trio.Event()
         calls = [function]  # taken out: the reactor holds the job for a moment longer than its caller waits for it
         results: list[T] = []
-        errors: list[BaseException] = []
+        errors: list[Exception] = []
 
         def job() -> None:
             try:
                 results.append(calls.pop()())
             except BaseException as error:
-                errors.append(error)
+                errors.append(contained(error))
             self._token.run_sync_soon(done.set)
 
         self.reactor.post(job)
@@ -158,17 +161,63 @@ class ReactorLane:
 
 
 class _TaskHandle:
-    """A watch, timer or queue of the trio lane: a task that can be cancelled."""
+    """A timer or queue of the trio lane: a task that can be cancelled."""
 
-    def __init__(self, fd: int = -1) -> None:
+    def __init__(self) -> None:
         self.scope = trio.CancelScope()
-        self._fd = fd
 
     def cancel(self) -> None:
         self.scope.cancel()
-        if self._fd >= 0:  # the fd may be closed as soon as this returns
-            trio.lowlevel.notify_closing(self._fd)
-            self._fd = -1
+
+
+class _Watches:
+    """The files that the trio lane waits on: in an epoll fd of their own, beside trio's.
+
+    What a device does to its descriptors stays its own matter then, as in the reactor: one that cannot be waited on is
+    refused to whoever asks, and one that is closed without a word is gone, whoever gets its number next.
+    """
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._by_fd: dict[int, _Watch] = {}
+
+    def add(self, fd: int, callback: Callable[[], None]) -> Handle:
+        try:
+            self._epoll.register(fd, select.EPOLLIN)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot wait on fd {fd}: {error.strerror}") from None
+        watch = self._by_fd[fd] = _Watch(self, fd, callback)
+        return watch
+
+    def remove(self, watch: _Watch) -> None:
+        if self._by_fd.get(watch.fd) is watch:
+            del self._by_fd[watch.fd]
+            with suppress(OSError):  # it is closed already
+                self._epoll.unregister(watch.fd)
+
+    async def run(self) -> None:
+        try:
+            while True:
+                await trio.lowlevel.wait_readable(self._epoll.fileno())
+                for watch in [self._by_fd.get(fd) for fd, _ in self._epoll.poll(0)]:
+                    if watch is not None and watch.live:
+                        _guarded(watch.callback)
+        finally:
+            self._by_fd.clear()
+            self._epoll.close()
+
+
+class _Watch:
+    def __init__(self, watches: _Watches, fd: int, callback: Callable[[], None]) -> None:
+        self.fd = fd
+        self.callback = callback
+        self.live = True
+        self._watches = watches
+
+    def cancel(self) -> None:
+        """The fd may be closed as soon as this returns."""
+        self.live = False
+        self._watches.remove(self)
 
 
 class _TrioBell:
@@ -213,10 +262,8 @@ class _TrioBell:
                 bell.enter()
                 assert bell.handler is not None
                 await stepwise(bell.handler(bell, count), lambda ns: self._slow.note_turn(bell, ns))
-        except Exception as error:
-            if bell.on_error is None:
-                raise
-            bell.on_error(bell, error)
+        except BaseException as raised:
+            _blame(raised, bell)
 
 
 class TrioLane:
@@ -230,10 +277,16 @@ class TrioLane:
         self._nursery = nursery
         self._token = token
         self._tasks: dict[Virtqueue, _TaskHandle] = {}
+        self._watches = _Watches()
+        self._thread = threading.get_ident()
+        nursery.start_soon(self._watches.run)
 
     async def run(self, function: Callable[[], T]) -> T:
         # Not cancelled before the call: what the function was to take over (descriptors) would be lost.
-        result = function()
+        try:
+            result = function()
+        except BaseException as error:
+            raise contained(error) from error.__cause__
         await trio.lowlevel.cancel_shielded_checkpoint()
         return result
 
@@ -241,22 +294,15 @@ class TrioLane:
         self._token.run_sync_soon(_guarded, callback)
 
     def watch(self, fd: int, callback: Callable[[], None]) -> Handle:
-        handle = _TaskHandle(fd)
-        self._nursery.start_soon(self._watch, handle, fd, callback)
-        return handle
+        self._check_thread()
+        return self._watches.add(fd, callback)
 
-    async def _watch(self, handle: _TaskHandle, fd: int, callback: Callable[[], None]) -> None:
-        with handle.scope, suppress(trio.ClosedResourceError):
-            while not handle.scope.cancel_called:
-                try:
-                    await trio.lowlevel.wait_readable(fd)
-                except (OSError, trio.BusyResourceError) as error:  # closed, or watched twice
-                    _log.error("the watch of descriptor %d ends, by its device's mistake: %s", fd, error)
-                    return
-                if not handle.scope.cancel_called:  # after this task was woken: no await tells it
-                    _guarded(callback)
+    def _check_thread(self) -> None:
+        if threading.get_ident() != self._thread:
+            raise RuntimeError("a lane is for its own thread; lane.post() is what others may use")
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Handle:
+        self._check_thread()
         handle = _TaskHandle()
         self._nursery.start_soon(self._call_later, handle, seconds, callback)
         return handle
@@ -321,10 +367,9 @@ class TrioLane:
                     queue.begin_turn(rung or time.monotonic_ns(), bool(rung), False)
                     try:
                         await stepwise(queue.handler(queue), slow)
-                    except Exception as error:
-                        if queue.on_error is None:
-                            raise
-                        queue.on_error(queue, error)
+                        check_turn(queue, None)
+                    except BaseException as raised:
+                        _blame(raised, queue)
                     queue.end_turn()
                     await trio.lowlevel.checkpoint()
                     if queue.passive:
@@ -334,10 +379,25 @@ class TrioLane:
                         break
 
 
+def _blame(raised: BaseException, source: Virtqueue | Bell) -> None:
+    """The handler of ``source`` raised: tell of what is its own, and raise again what trio wants to see because the
+    handler is being cancelled. Nothing of it stays referred to."""
+    cancelled: BaseException | None = raised if isinstance(raised, trio.Cancelled) else None
+    own: BaseException | None = None if cancelled else raised
+    if isinstance(raised, BaseExceptionGroup):
+        cancelled, own = raised.split(trio.Cancelled)
+    if own is not None:
+        if source.on_error is None:
+            raise own
+        source.on_error(source, contained(own))  # type: ignore[arg-type]
+    if cancelled is not None:
+        raise cancelled
+
+
 def _guarded(callback: Callable[[], object]) -> None:
     try:
         callback()
-    except Exception:
+    except BaseException:
         _log.exception("a device's callback failed")
 
 

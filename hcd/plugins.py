@@ -11,28 +11,20 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from hcd import instruments
+from hcd import declaration
 from hcd import options as opt
-from hcd.device import API_VERSION, Device, DeviceBase, DoorbellDevice, Option
-from hcd.errors import ConfigError, PluginError
+from hcd.device import Device, DeviceBase, DoorbellDevice
+from hcd.errors import ConfigError, PluginError, shown
+from hcd.instruments import Instruments
 
-__all__ = ["GROUP", "RESERVED", "create", "distribution", "load", "names", "origin"]
+__all__ = ["GROUP", "create", "distribution", "load", "names", "origin"]
 
 GROUP = "hcd.devices"
-
-#: options that ``hcd device`` has for every type; a type cannot declare them again
-RESERVED = frozenset(
-    (
-        *("help", "socket-path", "fd", "name", "path", "bus", "qmp", "metrics", "log-level"),
-        *("poll-us", "drain-timeout", "exit-on-disconnect", "print-capabilities", "version", "wrap"),
-    )
-)
-
 
 def names() -> list[str]:
     """Every installed type, sorted. Nothing is imported."""
@@ -58,17 +50,18 @@ def load(name: str) -> type[DeviceBase]:
     entry = _entry(name)
     try:
         found = entry.load()
-    except Exception as exc:  # whatever a module raises while it is imported is the plug-in's fault
-        raise _refused(entry, f"cannot be imported from {entry.value}: {type(exc).__name__}: {exc}") from exc
+    except KeyboardInterrupt:
+        raise
+    except BaseException as exc:  # whatever a module raises while it is imported is the plug-in's fault
+        raise _refused(entry, f"cannot be imported from {entry.value}: {shown(exc)}") from exc
     if not (isinstance(found, type) and issubclass(found, Device | DoorbellDevice)):
         raise _refused(entry, f"{entry.value} is not a subclass of hcd.device.Device or DoorbellDevice")
-    if found.api_version != API_VERSION:
-        raise _refused(entry, f"is written for device API {found.api_version}; this hcd has {API_VERSION}")
-    if getattr(found, found.handler) in (Device.process, DoorbellDevice.ring):
-        raise _refused(entry, f"{entry.value} does not define {found.handler}()")
-    _check_options(entry, found.options)
-    for fault in instruments.faults(found.metrics):
-        raise _refused(entry, fault)
+    try:
+        faults = list(declaration.unusable(found))
+    except Exception as exc:  # it may say anything of itself
+        raise _refused(entry, f"what {entry.value} declares cannot be read: {shown(exc)}") from exc
+    if faults:
+        raise _refused(entry, "; ".join(faults))
     return found
 
 
@@ -76,11 +69,14 @@ def create(type_name: str, name: str, options: Mapping[str, Any]) -> DeviceBase:
     """A device of ``type_name``. ConfigError: it refuses its options. PluginError: it is defective."""
     cls = load(type_name)
     try:
-        return cls(name, options)
-    except ConfigError:
+        made = cls(name, options)
+    except (ConfigError, KeyboardInterrupt):
         raise
-    except Exception as exc:
-        raise _refused(_entry(type_name), f"cannot be made: {type(exc).__name__}: {exc}") from exc
+    except BaseException as exc:
+        raise _refused(_entry(type_name), f"cannot be made: {shown(exc)}") from exc
+    if not isinstance(getattr(made, "instruments", None), Instruments):
+        raise _refused(_entry(type_name), "its __init__() does not call super().__init__(name, options)")
+    return made
 
 
 def _entries() -> tuple[EntryPoint, ...]:
@@ -112,20 +108,6 @@ def _entry(name: str) -> EntryPoint:
     if len({entry.value for entry in entries}) > 1:
         raise PluginError(f'device type "{name}" is claimed by {" and ".join(map(origin, entries))}')
     return entries[0]
-
-
-def _check_options(entry: EntryPoint, declared: Iterable[Option]) -> None:
-    seen: set[str] = set()
-    for option in declared:
-        if not isinstance(option, Option):
-            raise _refused(entry, f"declares {option!r} as an option; expected a hcd.device.Option")
-        if option.kind not in opt.KINDS:
-            raise _refused(entry, f'option "{option.name}" has the unknown kind "{option.kind}"')
-        if option.key.replace("_", "-") in RESERVED:
-            raise _refused(entry, f'option "{option.name}" is one of hcd\'s own')
-        if option.key in seen:
-            raise _refused(entry, f'declares option "{option.name}" twice')
-        seen.add(option.key)
 
 
 def _refused(entry: EntryPoint, text: str) -> PluginError:

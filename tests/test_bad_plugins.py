@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hcd_protocols.vhost_user.features import ProtocolFeature
 
 from hcd.demo.hcd_process import HcdFailedError, HcdProcess
 from hcd.frontend.errors import BackendError
@@ -22,6 +23,7 @@ Make = Callable[..., Path]
 
 SOURCE = """
 import os
+import sys
 import time
 from hcd.device import Device
 
@@ -88,6 +90,118 @@ class Garbage(Good):
 class NoConfig(Good):
     def config(self):
         raise LookupError("no configuration")
+
+class Nothing(Good):
+    def config(self):
+        pass
+
+class Vast(Good):
+    def config(self):
+        return bytes(300)
+
+class Leaves(Good):
+    def config(self):
+        sys.exit(4)
+
+class Exits(Good):
+    def __init__(self, name, options):
+        super().__init__(name, options)
+        self.where = ""
+    def open(self, lane):
+        self.lane = lane
+        self.source, self.sink = os.pipe()
+        lane.watch(self.source, lambda: (os.read(self.source, 1), sys.exit("watch")))
+    def answer(self, request):
+        self.where = request.read().decode()
+        if self.where == "timer":
+            self.lane.call_later(0, lambda: sys.exit("timer"))
+        elif self.where == "post":
+            self.lane.post(lambda: sys.exit("post"))
+        elif self.where == "watch":
+            os.write(self.sink, b"x")
+        elif self.where in ("process", "fail"):
+            sys.exit("process")
+        elif self.where == "interrupt":
+            raise KeyboardInterrupt
+        elif self.where == "group":
+            raise BaseExceptionGroup("several", [SystemExit("group"), ValueError("and more")])
+        request.write(b"done")
+        request.complete()
+    def fail_request(self, request, status):
+        if self.where == "fail":
+            sys.exit("fail")
+        super().fail_request(request, status)
+    def write_config(self, offset, data):
+        sys.exit("write_config")
+    def stop_queue(self, queue):
+        sys.exit("stop_queue")
+    def disconnect(self):
+        sys.exit("disconnect")
+    def storage_size(self):
+        sys.exit("storage_size")
+    def close(self):
+        sys.exit("close")
+
+class Odd(Good):
+    operations = ("a", "b")
+    def answer(self, request):
+        request.op, request.status = {b"op": (7, 0), b"less": (-1, 0), b"status": (0, 9)}[request.read()]
+        request.complete()
+
+class Dropped(Good):
+    def answer(self, request):
+        request.hold()
+        raise ZeroDivisionError("with a request in its hands")
+
+class Refusing(Good):
+    if os.environ["LANE"] == "trio":
+        async def process(self, queue):
+            raise ZeroDivisionError("before it took anything")
+    else:
+        def process(self, queue):
+            raise ZeroDivisionError("before it took anything")
+
+class Idle(Good):
+    if os.environ["LANE"] == "trio":
+        async def process(self, queue):
+            pass
+    else:
+        def process(self, queue):
+            pass
+
+class Coroutine(Good):
+    def process(self, queue):
+        return self.later()
+    async def later(self):
+        pass
+
+class Closes(Good):
+    def open(self, lane):
+        self.lane = lane
+    def answer(self, request):
+        what = request.read()
+        if what == b"closed":
+            self.watch = self.lane.watch(os.pipe()[0], print)
+            os.close(self.watch.fd)
+        elif what == b"file":
+            self.lane.watch(os.open("/dev/null", os.O_RDONLY), print)
+        elif what == b"nothing":
+            self.lane.watch(-1, print)
+        elif what == b"twice":
+            source = os.pipe()[0]
+            self.lane.watch(source, print)
+            self.lane.watch(source, print)
+        elif what == b"nan":
+            self.lane.call_later(float("nan"), print)
+        elif what == b"text":
+            self.lane.call_later("1", print)
+        elif what == b"past":
+            self.lane.call_later(-1, print)
+        elif what == b"never":
+            self.lane.call_later(float("inf"), print)
+            self.lane.call_later(1e10, print)
+        request.write(b"done")
+        request.complete()
 
 class Refuses(Good):
     connects = 0
@@ -287,17 +401,29 @@ def test_garbage_for_a_configuration_space_is_not_handed_on(start: Callable[[str
         assert set(answers) <= {b"four", None}
         assert driver.ask(b"hello", 8) == b"HELLO"
     assert bad.errors() == answers.count(None)
-    assert "Garbage: config() raised ValueError: str for a configuration space of 4 bytes" in bad.hcd.log_text
+    assert "Garbage: config() raised ValueError: it returned str; expected bytes" in bad.hcd.log_text
 
 
-def test_a_device_that_cannot_say_what_it_is_loses_its_front_ends(start: Callable[[str], Bad], short_dir: Path) -> None:
-    """Every one, and nobody else's."""
-    bad = start("noconfig")
-    for _ in range(2):
-        with pytest.raises(BackendError):
-            Driver.open(short_dir / "bad", timeout=5)
-    assert bad.errors() == 2
-    assert "LookupError: no configuration" in bad.hcd.log_text
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        ("noconfig", "NoConfig: config() raised LookupError: no configuration"),
+        ("nothing", "Nothing: config() raised ValueError: it returned NoneType; expected bytes"),
+        ("vast", "Vast: config() raised ValueError: it returned 300 bytes; vhost-user carries 256 at most"),
+        ("leaves", "Leaves: config() raised PluginError: SystemExit(4), which is for programs, not for devices"),
+    ],
+)
+def test_a_device_without_a_sensible_configuration_space_is_served_without_one(
+    kind: str, line: str, start: Callable[[str], Bad], short_dir: Path
+) -> None:
+    """Front ends are told that there is none; requests are served."""
+    bad = start(kind)
+    for errors in (1, 2):
+        with Driver.open(short_dir / "bad") as driver:
+            assert not driver.has(ProtocolFeature.CONFIG)
+            assert driver.ask(b"hello", 8) == b"HELLO"
+            assert bad.errors() == errors
+    assert line in bad.hcd.log_text
 
 
 def test_a_device_that_raises_in_connect_loses_this_connection(start: Callable[[str], Bad], short_dir: Path) -> None:
@@ -309,6 +435,91 @@ def test_a_device_that_raises_in_connect_loses_this_connection(start: Callable[[
         assert driver.ask(b"hello", 8) == b"HELLO"
     assert bad.errors() == 1
     assert "RuntimeError: not yet" in bad.hcd.log_text
+
+
+def test_a_device_that_calls_exit_ends_nothing_but_what_it_was_asked_for(
+    start: Callable[[str], Bad], short_dir: Path
+) -> None:
+    """Wherever it does, and also with other exceptions that are not errors."""
+    bad = start("exits")
+    with Driver.open(short_dir / "bad") as driver:
+        for where in ("timer", "post", "watch"):
+            before = bad.errors()
+            assert driver.ask(where.encode(), 8) == b"done"
+            while bad.errors() == before:
+                bad.neighbour.serves_on()
+            assert f'raised PluginError: SystemExit({where})' in bad.hcd.log_text
+        for where in ("process", "fail", "interrupt", "group"):
+            before = bad.errors()
+            assert driver.ask(where.encode(), 8) == b""
+            assert bad.errors() == before + (2 if where == "fail" else 1)
+            bad.neighbour.serves_on()
+        before = bad.errors()
+        with pytest.raises(BackendError, match="refuse"):
+            driver.write_config(0, b"x")
+        driver.hand_over(driver.queues[0], driver.stop_queue(0))
+        assert bad.errors() == before + 2
+        assert driver.ask(b"now what", 8) == b"done"
+    with Driver.open(short_dir / "bad") as driver:
+        assert driver.ask(b"hello", 8) == b"done"
+
+
+def test_an_operation_or_status_that_does_not_exist_fails_the_request(
+    start: Callable[[str], Bad], short_dir: Path
+) -> None:
+    """The device hears of it from complete(), and may not do it again while the request is ended for it."""
+    bad = start("odd")
+    with Driver.open(short_dir / "bad") as driver:
+        for what in (b"op", b"less", b"status"):
+            assert driver.ask(what, 8) == b""
+        bad.neighbour.serves_on()
+    assert bad.errors() == 3
+    assert "ValueError: no operation 7 or no status 0" in bad.hcd.log_text
+
+
+def test_a_request_that_a_handler_held_when_it_raised_is_failed(start: Callable[[str], Bad], short_dir: Path) -> None:
+    """While the queue runs: nobody is left who could complete it."""
+    bad = start("dropped")
+    with Driver.open(short_dir / "bad") as driver:
+        assert [driver.ask(b"hello", 8) for _ in range(3)] == [b""] * 3
+    assert bad.errors() == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        ("refusing", "the handler of Refusing failed: ZeroDivisionError: before it took anything"),
+        ("idle", "the handler of Idle failed: PluginError: it returned and took none of the requests in the ring"),
+        ("coroutine", "the handler of Coroutine failed: PluginError: it returned a coroutine, which nobody runs"),
+    ],
+)
+def test_a_handler_that_takes_no_requests_does_not_go_round_for_ever(
+    kind: str, line: str, start: Callable[[str], Bad], short_dir: Path
+) -> None:
+    """Each turn that leads nowhere fails one request, so the driver hears of it and the lane has peace."""
+    bad = start(kind)
+    with Driver.open(short_dir / "bad") as driver:
+        assert [driver.ask(b"hello", 8) for _ in range(3)] == [b""] * 3
+        bad.neighbour.serves_on()
+        assert bad.errors() in (3, 4)  # when a queue starts it has a turn, whether its ring holds anything or not
+    assert line in bad.hcd.log_text
+
+
+def test_what_cannot_be_watched_or_timed_is_refused_to_the_device(start: Callable[[str], Bad], short_dir: Path) -> None:
+    """A closed descriptor's number may be anybody's next; times are what they are."""
+    bad = start("closes")
+    with Driver.open(short_dir / "bad") as driver:
+        for what in (b"closed", b"past", b"never", b"closed"):
+            assert driver.ask(what, 8) == b"done"
+        assert bad.errors() == 0
+        for what in (b"file", b"nothing", b"twice", b"nan", b"text"):
+            assert driver.ask(what, 8) == b""
+        assert bad.errors() == 5
+    for _ in range(3):  # the numbers are hcd's now
+        with Driver.open(short_dir / "bad") as driver:
+            assert driver.ask(b"hello", 8) == b"done"
+    assert ": Operation not permitted" in bad.hcd.log_text
+    assert bad.errors() == 5
 
 
 def test_a_plug_in_that_cannot_be_imported_is_refused_before_anything_is_served(start: Callable[[str], Bad]) -> None:

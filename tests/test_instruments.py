@@ -145,3 +145,27 @@ def test_devices_of_one_type_share_a_family_and_leave_it(caplog: pytest.LogCaptu
     text = generate_latest(registry).decode()
     assert 'device="a"' not in text
     assert 'device="b"' in text
+
+
+@pytest.mark.parametrize("value", ["much", None])
+def test_what_is_no_number_hides_one_series_and_no_other(value: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A plug-in that puts something into an instrument must not take /metrics from everybody."""
+    name = f"lamp-{value}"
+    hosts = [host(name, LEVEL, LIT), host("b", LEVEL)]
+    (gauge,) = [series[()] for metric, series in hosts[0].instruments.families() if metric is LEVEL]
+    gauge.value = value  # type: ignore[union-attr]
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(OwnCollector(hosts))
+    text = generate_latest(registry).decode()
+    assert 'hcd_device_lamp_level{device="b"} 0.0' in text
+    assert f'hcd_device_lamp_lit_seconds_sum{{device="{name}"}} 0.0' in text
+    assert f'hcd_device_lamp_level{{device="{name}"}}' not in text
+    assert f"hcd_device_lamp_level of device {name} is left out: what it counted is no number" in caplog.text
+    with pytest.raises((TypeError, ValueError)):
+        Instruments((LEVEL,)).find("lamp_level", "gauge", {}).set(value)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("buckets", [("a", "b"), (1, float("nan")), (1, float("inf")), (2, 1), ()])
+def test_buckets_are_numbers_that_ascend(buckets: Any) -> None:
+    """Infinity is there without being named."""
+    assert list(faults([Metric("lamp_x", "histogram", "Of lamps.", buckets=buckets)]))

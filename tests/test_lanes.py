@@ -98,19 +98,50 @@ def handler(called: list[str]) -> Callable[[Bell, int], Awaitable[None]]:
     return rung
 
 
-async def test_a_watch_of_a_closed_descriptor_ends_alone(caplog: pytest.LogCaptureFixture) -> None:
-    """So does the second watch of one descriptor. They are a device's mistakes, and the lane is everybody's."""
+async def test_a_watch_of_what_cannot_be_watched_is_refused_on_both_lanes() -> None:
+    """A closed descriptor, and one that is watched already. The lane is everybody's, and goes on."""
     fd = os.eventfd(0, os.EFD_NONBLOCK)
     async with open_lanes() as lanes:
-        heard = trio.Event()
-        lanes.trio.watch(fd, heard.set)
-        await trio.testing.wait_all_tasks_blocked()
-        lanes.trio.watch(fd, lambda: None)
-        lanes.trio.watch(999_999, lambda: None)
-        await trio.testing.wait_all_tasks_blocked()
-        os.eventfd_write(fd, 1)
-        with trio.fail_after(20):
-            await heard.wait()
-        os.eventfd_read(fd)
+        token = trio.lowlevel.current_trio_token()
+        for lane in (lanes.reactor, lanes.trio):
+            heard = trio.Event()
+
+            def rung(heard: trio.Event = heard) -> None:
+                os.eventfd_read(fd)
+                token.run_sync_soon(heard.set)
+
+            watch = await lane.run(lambda lane=lane, rung=rung: lane.watch(fd, rung))  # type: ignore[misc]
+            for bad in (fd, 999_999):
+                with pytest.raises(OSError, match=f"cannot wait on fd {bad}"):
+                    await lane.run(lambda lane=lane, bad=bad: lane.watch(bad, print))  # type: ignore[misc]
+            os.eventfd_write(fd, 1)
+            with trio.fail_after(20):
+                await heard.wait()
+            await lane.run(watch.cancel)
     os.close(fd)
-    assert caplog.text.count("ends, by its device's mistake") == 2
+
+
+async def test_a_descriptor_that_is_closed_while_it_is_watched_is_nobodys_in_trio() -> None:
+    """Its number may be the next descriptor's, which is watched by itself then; the old handle does nothing to it."""
+    async with open_lanes() as lanes:
+        fd = os.eventfd(0, os.EFD_NONBLOCK)
+        heard: list[str] = []
+        old = lanes.trio.watch(fd, lambda: heard.append("old"))
+        os.close(fd)
+        again = os.eventfd(0, os.EFD_NONBLOCK)
+        assert again == fd, "the lowest number that is free"
+        called = trio.Event()
+
+        def rung() -> None:
+            os.eventfd_read(again)
+            heard.append("new")
+            called.set()
+
+        new = lanes.trio.watch(again, rung)
+        old.cancel()
+        os.eventfd_write(again, 1)
+        with trio.fail_after(20):
+            await called.wait()
+        assert heard == ["new"]
+        new.cancel()
+        os.close(again)

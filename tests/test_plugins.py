@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hcd import plugins
+from hcd import declaration, plugins
+from hcd.cli import _device_parser
+from hcd.device import Device
 from hcd.errors import ConfigError, PluginError
 
 Make = Callable[..., Path]
@@ -76,7 +78,25 @@ def test_an_unknown_type_is_the_operators_error_with_a_hint(make_distribution: M
         ("syntax error", "cannot be imported.*SyntaxError"),
         ("Lamp = 1", "is not a subclass"),
         ("class Lamp: pass", "is not a subclass"),
+        ("raise SystemExit(7)", "cannot be imported.*SystemExit: 7"),
         (GOOD + "    api_version = 99\n", "device API 99; this hcd has 1"),
+        (GOOD + "    api_version = '1'\n", "device API '1'; this hcd has 1"),
+        (GOOD + "    process = None\n", r"does not define process\(\)"),
+        (GOOD + "    def process(self, queue): yield\n", r"process\(\) has a yield in it.*nothing would run it"),
+        (GOOD + "    async def process(self, queue): yield\n", r"process\(\) has a yield in it"),
+        (GOOD + "    async def open(self, lane): pass\n", r"open\(\) is async.*nothing would await it"),
+        (GOOD + "    async def storage_size(self): pass\n", r"storage_size\(\) is async"),
+        (GOOD + "    operations = ()\n", "operations has 0 names"),
+        (GOOD + "    operations = tuple('abcdefghijklmnopq')\n", r"operations has 17 names .*expected 1 to 16"),
+        (GOOD + "    operations = 'read'\n", "operations are 'read'; expected a tuple of names"),
+        (GOOD + "    operations = ('a', 'a')\n", r"operations has 2 names \(1 different\)"),
+        (GOOD + "    max_queue_size = 100\n", "max_queue_size is 100; expected a power of two"),
+        (GOOD + "    max_queue_size = 'large'\n", "max_queue_size is 'large'"),
+        (GOOD + "    options = None\n", "declares None as an option"),
+        (GOOD + "    options = (Option('two words', 'str', 'x'),)\n", '"two words" has a name that nobody can give'),
+        (GOOD + "    options = (Option('control', 'str', 'x'),)\n", '"control" is one of hcd.s own'),
+        (GOOD + "    metrics = None\n", "declares None as a metric"),
+        (GOOD + "    options = (Option(None, 'str', 'x'),)\n", "what .*Lamp declares cannot be read: TypeError"),
         (HEAD + "class Lamp(Device): pass\n", r"does not define process\(\)"),
         ("from hcd.device import DoorbellDevice\nclass Lamp(DoorbellDevice): pass\n", r"does not define ring\(\)"),
         (GOOD + "    options = ('brightness',)\n", "expected a hcd.device.Option"),
@@ -113,3 +133,30 @@ def test_a_type_that_crashes_while_it_is_made_blames_the_plug_in(make_distributi
     make_distribution("lampworks", "3.1", {"lamp": "lamp_a:Lamp"}, {"lamp_a": source})
     with pytest.raises(PluginError, match=r"lampworks 3\.1: cannot be made: KeyError"):
         plugins.create("lamp", "desk", {})
+
+
+@pytest.mark.parametrize("raised", ["SystemExit(3)", "KeyError('wick')"])
+def test_whatever_a_type_raises_while_it_is_made_is_its_own_fault(make_distribution: Make, raised: str) -> None:
+    """Also what is for programs to raise."""
+    source = GOOD + f"    def __init__(self, name, options): raise {raised}\n"
+    make_distribution("lampworks", "3.1", {"lamp": "lamp_exits:Lamp"}, {"lamp_exits": source})
+    with pytest.raises(PluginError, match=r"lampworks 3\.1: cannot be made: (SystemExit|KeyError): "):
+        plugins.create("lamp", "desk", {})
+
+
+def test_a_type_that_does_not_initialise_its_base_class_is_refused(make_distribution: Make) -> None:
+    """It would be served, and break /metrics for every device."""
+    source = GOOD + "    def __init__(self, name, options): self.lit = True\n"
+    make_distribution("lampworks", "3.1", {"lamp": "lamp_base:Lamp"}, {"lamp_base": source})
+    with pytest.raises(PluginError, match=r"does not call super\(\).__init__\(name, options\)"):
+        plugins.create("lamp", "desk", {})
+
+
+def test_hcds_own_options_are_not_for_types() -> None:
+    """Each option that ``hcd device`` has for every type is among those that a type cannot declare."""
+
+    class Bare(Device):
+        pass
+
+    own = {word[2:] for action in _device_parser("bare", Bare)._actions for word in action.option_strings}
+    assert {name for name in own if len(name) > 1} <= declaration.RESERVED

@@ -309,7 +309,7 @@ async def test_a_device_that_turns_out_impossible_once_it_is_open_is_closed_agai
             self.open_now = False
 
     device = NoQueues("dev", {}, queues=0)
-    with pytest.RaisesGroup(pytest.RaisesExc(PluginError, match="0 queues; expected 1 to 256")):
+    with pytest.RaisesGroup(pytest.RaisesExc(PluginError, match="num_queues is 0; expected 1 to 256")):
         async with served(device, tmp_path):
             pass
     assert not device.open_now

@@ -11,6 +11,7 @@ import trio
 from faulty_devices import AsyncShout, Shout
 
 from hcd.device import ConfigError, Lane
+from hcd.errors import PluginError
 from hcd.testing import BackendError, serve
 
 TYPES = pytest.mark.parametrize("kind", [Shout, AsyncShout])
@@ -123,3 +124,50 @@ def test_the_pytest_plugin_costs_nothing_where_it_is_not_used() -> None:
     assert done.stdout.strip() == "['hcd.pytest_plugin']"
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("num_queues", "two", "num_queues is 'two'; expected 1 to 256"),
+        ("num_queues", -1, "num_queues is -1"),
+        ("num_queues", 2.0, "num_queues is 2.0"),
+        ("features", -1, "features has bits -1; 0 to 23 and 50 to 63 are the device's"),
+        ("features", 1 << 33, "features has bits 0x200000000"),
+        ("features", 1 << 70, "features has bits 0x4"),
+        ("features", "all", "features has bits 'all'"),
+        ("protocol_features", None, "protocol_features is None"),
+    ],
+)
+def test_a_device_that_nobody_could_be_served_with_is_not_opened(name: str, value: object, expected: str) -> None:
+    """The author is told which property it is, and the device is closed again."""
+    closed: list[Shout] = []
+
+    def close(self: Shout) -> None:
+        closed.append(self)
+
+    odd = type("Odd", (Shout,), {name: value, "close": close})
+    with pytest.raises(PluginError, match=f"Odd: {expected}"), serve(odd):
+        pass
+    assert len(closed) == 1
+
+
+def test_a_device_that_raises_when_it_is_asked_what_it_is_is_not_opened() -> None:
+    """Not even with what is for programs."""
+
+    class Odd(Shout):
+        @property
+        def num_queues(self) -> int:
+            raise SystemExit(3)
+
+    with pytest.raises(PluginError, match="Odd, asked what it is: SystemExit: 3"), serve(Odd):
+        pass
+
+
+def test_what_open_raises_for_programs_is_the_plug_ins_error() -> None:
+    """Neither the lane nor the daemon ends with it."""
+
+    class Odd(Shout):
+        def open(self, lane: Lane) -> None:
+            raise SystemExit(3)
+
+    with pytest.raises(PluginError, match=r"SystemExit\(3\), which is for programs"), serve(Odd):
+        pass

@@ -298,7 +298,9 @@ cdef class Request:
         if written > <int64_t>self.c.in_size:
             raise ValueError(f"{written} bytes written into a request that has room for {self.c.in_size}")
         if not 0 <= self.op < q.n_ops or not 0 <= self.status < STATUSES:
-            raise ValueError(f"no operation {self.op} or no status {self.status}")
+            told = f"no operation {self.op} or no status {self.status}"
+            self.op, self.status = 0, 1        # it can be completed as failed now
+            raise ValueError(told)
         if written < 0:
             written = self.c.in_size - self.w.left
         if PyThread_get_thread_ident() == q.owner:

@@ -20,6 +20,8 @@ from hcd.dataplane.stats cimport DoorbellStats, InterruptStats, hist_add
 
 import os
 
+from hcd.errors import contained
+
 cdef extern from "_tsc.h" nogil:
     bint HCD_HAS_TSC
     uint64_t hcd_tsc()
@@ -117,10 +119,10 @@ cdef class Bell:
             if value:
                 hist_add(&self.stats.c_dispatch, hcd_now() - woken)
                 self.handler(self, value)
-        except Exception as e:
+        except BaseException as e:
             if self.on_error is None:
                 raise
-            self.on_error(self, e)
+            self.on_error(self, contained(e))
         return 0
 
     def take(self):

@@ -45,6 +45,7 @@ cdef class Reactor:
     cdef int wake(self) except -1
     cdef int mark(self, Virtqueue q, uint64_t woken, bint by_ring) except -1
     cdef int turn(self, Virtqueue q) except -1
+    cdef int turn_failed(self, Virtqueue q, error) except -1
     cdef int ring(self, Bell bell, uint64_t woken) except -1
     cdef Watch add(self, int fd, callback, Virtqueue q)
     cdef int rouse(self, Virtqueue q) except -1

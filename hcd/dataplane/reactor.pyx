@@ -31,6 +31,8 @@ from libc.stdlib cimport free, realloc
 from hcd.dataplane._atomics cimport hcd_flag_load, hcd_flag_store, hcd_now, hcd_relax
 from hcd.dataplane.bell cimport Bell
 from hcd.dataplane.virtqueue cimport Virtqueue, nudge_end, ring_has_work, vring_t
+from hcd.errors import contained
+from hcd.turns import check_turn
 
 cdef extern from "<sys/epoll.h>" nogil:
     ctypedef union epoll_data_t:
@@ -52,6 +54,8 @@ cdef enum:
     EVENTS = 64
     SPINS = 16                # looks at the rings between two looks at the fds, while polling
     SMALLEST_WINDOW = 4000    # ns
+
+LONGEST_SLEEP = 1e6          # seconds; epoll_wait takes an int of milliseconds
 
 log = logging.getLogger("hcd.reactor")
 
@@ -287,9 +291,11 @@ cdef class Reactor:
             self.rouse(q)
         q.begin_turn(q.ready_woken, by_ring)
         try:
-            q.handler(q)
-        except Exception as e:
-            q.on_error(q, e)
+            left = q.handler(q)
+            if left is not None or q.stalled():
+                check_turn(q, left)
+        except BaseException as e:
+            self.turn_failed(q, contained(e))
         q.end_turn()
         if wants_turn(&q.ring):
             self.mark(q, q.ready_woken, False)
@@ -298,11 +304,18 @@ cdef class Reactor:
             self.on_slow(q, took)
         return 0
 
+    cdef int turn_failed(self, Virtqueue q, error) except -1:
+        try:
+            q.on_error(q, error)
+        except BaseException:      # whatever it is, the others are served on
+            log.exception("the end of a failed turn of queue %s %d", q.tag, q.index)
+        return 0
+
     cdef int ring(self, Bell bell, uint64_t woken) except -1:
         cdef uint64_t began = hcd_now(), took
         try:
             bell.rung(woken)
-        except Exception:
+        except BaseException:
             log.exception("doorbell %s failed", bell.name)
         took = hcd_now() - began
         if took > self.slow_ns and self.on_slow is not None:
@@ -355,7 +368,7 @@ cdef class Reactor:
     cdef int call(self, callback) except -1:
         try:
             callback()
-        except Exception as e:
+        except BaseException as e:
             if self.on_error is not None:
                 self.on_error(e)
             else:
@@ -433,7 +446,7 @@ cdef class Reactor:
             return 0
         if self.timers:
             wait = self.timers[0][0] - time.monotonic()
-            timeout = 0 if wait <= 0 else <int>(wait * 1000) + 1
+            timeout = 0 if wait <= 0 else <int>(min(wait, LONGEST_SLEEP) * 1000) + 1
         self.sleeps += 1
         return self.collect(timeout)
 

@@ -178,6 +178,8 @@ cdef class Virtqueue:
     cdef bint corked          # publish nothing yet: a frame is spread over several requests
     cdef bint by_ring
     cdef int budget
+    cdef bint had_work        # the ring held requests when the turn began
+    cdef uint64_t found       # requests taken by then
     cdef uint32_t publish_at
     cdef uint64_t woken
     cdef uint64_t batch_woken
@@ -230,6 +232,7 @@ cdef class Virtqueue:
     cpdef flush(self)
     cpdef uint64_t read_kick(self) except? 0xffffffffffffffff
     cpdef begin_turn(self, uint64_t woken, bint by_ring, bint batch=*)
+    cpdef bint stalled(self) except -1
     cpdef end_turn(self)
     cpdef bint enable_kicks(self) except -1
     cpdef disable_kicks(self)

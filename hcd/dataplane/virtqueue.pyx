@@ -730,8 +730,18 @@ cdef class Virtqueue:
         self.budget = BUDGET
         self.woken = woken
         self.by_ring = by_ring
+        self.had_work = ring_has_work(&self.ring)
+        self.found = self.stats.c.found_ring + self.stats.c.found_poll
         if by_ring:
             hist_add(&self.doorbell.c_dispatch, hcd_now() - woken)
+
+    cpdef bint stalled(self) except -1:
+        """The handler took no request in this turn, although the ring holds some and the queue is not passive: it
+        would get one turn after the other for nothing."""
+        return (
+            self.had_work and self.ring.running and not self.ring.passive and ring_has_work(&self.ring)
+            and self.found == self.stats.c.found_ring + self.stats.c.found_poll
+        )
 
     cdef uint32_t batch_size(self) noexcept:
         """After how many completions to publish. With EVENT_IDX an early publication costs one interrupt at most, and

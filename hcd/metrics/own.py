@@ -52,7 +52,12 @@ class OwnCollector(Collector):
                                name, host.spec.name)
                     continue
                 for values, instrument in series.items():
-                    _add(family, [host.spec.name, *values], instrument)
+                    try:
+                        _add(family, [host.spec.name, *values], instrument)
+                    except (TypeError, ValueError) as error:  # a plug-in's; the others' must be told all the same
+                        name = f"{PREFIX}{declared.name}"
+                        _log.error((name, host.spec.name), "%s of device %s is left out: what it counted is no number: "
+                                   "%s", name, host.spec.name, error)
         yield from (family for _, family in families.values())
 
 
@@ -69,7 +74,7 @@ def _add(family: Family, labels: list[str], instrument: Instrument) -> None:
         assert isinstance(family, HistogramMetricFamily)
         bounds = [*map(str, map(float, instrument.bounds)), "+Inf"]
         buckets = list(zip(bounds, map(float, accumulate(instrument.counts)), strict=True))
-        family.add_metric(labels, buckets, instrument.sum)
+        family.add_metric(labels, buckets, float(instrument.sum))
     else:
         assert not isinstance(family, HistogramMetricFamily)
-        family.add_metric(labels, instrument.value)
+        family.add_metric(labels, float(instrument.value))

@@ -22,11 +22,12 @@ from typing import Any
 
 import trio
 
+from hcd import declaration
 from hcd.demo.hcd_process import Resources
 from hcd.device import DoorbellDevice
-from hcd.errors import PluginError
+from hcd.errors import PluginError, shown
 from hcd.frontend.errors import FrontendError
-from hcd.testing import declaration, ring_rules, rules
+from hcd.testing import ring_rules, rules
 from hcd.testing.exchanges import Exchange
 from hcd.testing.ring_rules import Ring, RingRun
 from hcd.testing.rules import LAYOUTS, Broken, Run
@@ -145,11 +146,11 @@ class _Check:
                 if not self.found:
                     self.run_rules(served, log)
             for error in served.crashes:
-                self.add("life", f"close() raised {_shown(error)}")
+                self.add("life", f"close() raised {shown(error)}")
         except PluginError as error:
             self.add("declaration", str(error))
         except Exception as error:
-            self.add("life", f"open() raised {_shown(error)}")
+            self.add("life", f"open() raised {shown(error)}")
         if growth := settled_growth(before, Resources):
             self.add("leaks", f"after close() this process still holds {growth}")
 
@@ -181,7 +182,7 @@ class _Check:
             self.add(rule, text, where)
             noticed = True
         for error in served.crashes:
-            text = f"a method of the device raised {_shown(error)} and took the connection along"
+            text = f"a method of the device raised {shown(error)} and took the connection along"
             self.add("life", text, where)
         if errors and not noticed:
             self.add("handler", f"the handler failed {errors} times during the rule {name}", where)
@@ -245,12 +246,9 @@ class _LogWatch(logging.Handler):
             return  # the device's own lines; what is told once more
         if record.levelno >= logging.ERROR or "were in flight when" in text:
             cause = record.exc_info[1] if record.exc_info else None
-            self._texts.append(f"{text}: {_shown(cause)}" if cause is not None and record.name == "hcd.lanes" else text)
+            self._texts.append(f"{text}: {shown(cause)}" if cause is not None and record.name == "hcd.lanes" else text)
 
     def take(self) -> list[str]:
         texts, self._texts = self._texts, []
         return texts
 
-
-def _shown(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"

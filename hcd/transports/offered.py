@@ -24,7 +24,7 @@ def offered_features(host: DeviceHost) -> int:
     return host.device.features | int(ring)
 
 
-def offered_protocol_features(host: DeviceHost) -> int:
+def offered_protocol_features(host: DeviceHost, has_config: bool) -> int:
     """The protocol features that GET_PROTOCOL_FEATURES answers for the device of ``host``."""
     common = (
         ProtocolFeature.MQ
@@ -36,6 +36,6 @@ def offered_protocol_features(host: DeviceHost) -> int:
         | ProtocolFeature.CONFIGURE_MEM_SLOTS
         | ProtocolFeature.STATUS
     )
-    if host.device.serves_config:
+    if has_config:
         common |= ProtocolFeature.CONFIG
     return host.device.protocol_features | int(common)

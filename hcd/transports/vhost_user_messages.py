@@ -157,12 +157,8 @@ class Messages:
 
     async def _read_config(self, event: events.GetConfig) -> bytes:
         """What the device has there; empty, which is the error form, when it returns something else."""
-        try:
-            config = await self._host.lane.run(self._host.device.config)
-            if not isinstance(config, bytes) or len(config) != self._conn.config_size:
-                raise ValueError(f"{_size_of(config)} for a configuration space of {self._conn.config_size} bytes")
-        except Exception as error:
-            self._host.device_failed("config()", error)
+        config = await self._host.lane.run(lambda: self._host.read_config(self._conn.config_size))
+        if not config:
             return b""
         self._keeping.config = config
         return config[event.offset : event.offset + event.size]
@@ -216,10 +212,6 @@ class Countdown:
     async def wait(self, times: int) -> None:
         for _ in range(times):
             await self._happened.acquire()
-
-
-def _size_of(config: object) -> str:
-    return f"{len(config)} bytes" if isinstance(config, bytes) else type(config).__name__
 
 
 def _new_table(old: MemoryTable, event: events.Event) -> MemoryTable:

@@ -47,12 +47,13 @@ class Session:
         self.host = host
         self.over = trio.Event()
         self.peer = peer_of(sock)
+        config_size = host.config_size()
         self._conn = BackendConnection(
             features=offered_features(host),
-            protocol_features=offered_protocol_features(host),
+            protocol_features=offered_protocol_features(host, bool(config_size)),
             num_queues=host.device.num_queues,
             max_queue_size=host.device.max_queue_size,
-            config_size=len(host.device.config()) if host.device.serves_config else 0,
+            config_size=config_size,
         )
         self._link = MessageSocket(sock, self._conn, host.observe)
         self._path = PathFinder(host, qmp_path)

@@ -9,6 +9,7 @@ from typing import Any
 from hcd.dataplane.bell import Bell
 from hcd.dataplane.virtqueue import Request
 from hcd.device import Device, DoorbellDevice
+from hcd.errors import shown
 from hcd.wrappers.base import Log
 from hcd.wrappers.requests import RequestWrapper
 from hcd.wrappers.rings import Batch, RingWrapper
@@ -59,8 +60,8 @@ class RequestNarrator(RequestWrapper):
     def _describe(self, request: Request) -> str:
         try:
             return self.device.describe(request)
-        except Exception as error:  # the guest's header may be anything, and so may the plug-in
-            return f"{Device.describe(self.device, request)} ({type(error).__name__}: {error})"
+        except BaseException as error:  # the guest's header may be anything, and so may the plug-in
+            return f"{Device.describe(self.device, request)} ({shown(error)})"
 
 
 class RingNarrator(RingWrapper):
@@ -107,7 +108,7 @@ class RingNarrator(RingWrapper):
     def _describe(self, batch: Batch) -> str:
         try:
             text = self.device.describe(batch.bell, batch.count)
-        except Exception as error:  # the shared memory may hold anything, and so may the plug-in
+        except BaseException as error:  # the shared memory may hold anything, and so may the plug-in
             text = DoorbellDevice.describe(self.device, batch.bell, batch.count)
-            text += f" ({type(error).__name__}: {error})"
+            text += f" ({shown(error)})"
         return text if batch.value is None else f"{text}, value {batch.value:#x}"

@@ -45,7 +45,7 @@ class RequestStack(StackBase[RequestWrapper]):
             try:
                 if not wrapper.taken(request):
                     return False
-            except Exception:  # a wrapper must not be worse than the faults that it makes
+            except BaseException:  # a wrapper must not be worse than the faults that it makes
                 self._log.exception("a wrapper failed")
         return True
 
@@ -57,7 +57,7 @@ class RequestStack(StackBase[RequestWrapper]):
         for index in range(len(wrappers) - 1, -1, -1):
             try:
                 delay = wrappers[index].done(request, written)
-            except Exception:
+            except BaseException:
                 self._log.exception("a wrapper failed")
                 delay = 0.0
             if delay > 0:

@@ -17,6 +17,7 @@ import trio
 
 from hcd.dataplane.bell import Bell, Interrupt
 from hcd.device import DoorbellDevice, Handle
+from hcd.errors import contained
 from hcd.wrappers.base import Log, StackBase, Timers, WrapSpec
 from hcd.wrappers.rings import LOST, Batch, InjectedFault, RingWrapper
 
@@ -108,7 +109,7 @@ class RingStack(StackBase[RingWrapper]):
                     return
             if not batch.lost:
                 self._device.ring(batch.bell, batch.count)
-        except Exception as error:
+        except BaseException as error:
             self._tell_end(batch, error)
             raise
         self._tell_end(batch, None)
@@ -121,9 +122,9 @@ class RingStack(StackBase[RingWrapper]):
         """Outside of the handler: what is raised goes where the handler's goes."""
         try:
             self._pass(batch)
-        except Exception as error:
+        except BaseException as error:
             assert batch.bell.on_error is not None
-            batch.bell.on_error(batch.bell, error)
+            batch.bell.on_error(batch.bell, contained(error))
 
     async def _ring_async(self, bell: Bell, count: int) -> None:
         batch = self._batch(bell, count)
