@@ -31,8 +31,12 @@ def names() -> list[str]:
     return sorted({entry.name for entry in _entries()})
 
 
-def origin(entry: EntryPoint) -> str:
-    """The distribution that an entry point comes from, with its version."""
+def origin(name: str) -> str:
+    """The distribution that type ``name`` comes from, with its version."""
+    return _origin(_entry(name))
+
+
+def _origin(entry: EntryPoint) -> str:
     return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution"
 
 
@@ -106,9 +110,9 @@ def _entry(name: str) -> EntryPoint:
         hint = opt.did_you_mean(name, known)
         raise ConfigError(f'no device type "{name}"; installed: {", ".join(known) or "none"}{hint}')
     if len({entry.value for entry in entries}) > 1:
-        raise PluginError(f'device type "{name}" is claimed by {" and ".join(map(origin, entries))}')
+        raise PluginError(f'device type "{name}" is claimed by {" and ".join(map(_origin, entries))}')
     return entries[0]
 
 
 def _refused(entry: EntryPoint, text: str) -> PluginError:
-    return PluginError(f'device type "{entry.name}" of {origin(entry)}: {text}')
+    return PluginError(f'device type "{entry.name}" of {_origin(entry)}: {text}')

@@ -28,7 +28,7 @@ from hcd.dataplane.stats import HotText
 from hcd.device import Device, DeviceBase, DoorbellDevice
 from hcd.doorbell import Registry
 from hcd.doorbell_host import DoorbellHost
-from hcd.errors import ConfigError, HcdError, PluginError
+from hcd.errors import ConfigError, HcdError, PluginError, shown
 from hcd.handover.fdstore import FdStore
 from hcd.handover.recovery import Handed
 from hcd.host import DeviceHost, HostBase
@@ -135,16 +135,20 @@ class Supervisor:
 
     async def open(self, spec: DeviceSpec) -> HostBase:
         """Open the device. ConfigError or PluginError, which name it, if that fails; nothing is left then."""
+        name = f'device "{spec.name}" ({spec.type})'
         try:
             host = self._make_host(spec, plugins.create(spec.type, spec.name, spec.options))
+        except ConfigError as exc:
+            raise ConfigError(f"{name}: {exc}") from exc
+        try:
             await host.open()
         except (ConfigError, OSError) as exc:
-            raise ConfigError(f'device "{spec.name}" ({spec.type}): {exc}') from exc
-        except PluginError:
-            raise
+            raise ConfigError(f"{name}: {exc}") from exc
+        except PluginError as exc:
+            raise PluginError(f"{name}, of {plugins.origin(spec.type)}: {exc}") from exc
         except Exception as exc:
             _log.exception("%s: opening failed", spec.name)
-            raise PluginError(f'device "{spec.name}" ({spec.type}): open() raised {type(exc).__name__}') from exc
+            raise PluginError(f"{name}, of {plugins.origin(spec.type)}: open() raised {shown(exc)}") from exc
         host.on_connection = self._changed
         host.store = self.store
         self.hosts.append(host)

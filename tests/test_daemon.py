@@ -103,7 +103,7 @@ def test_a_socket_in_use_is_left_to_its_owner(start: Start, connect: Connect, tm
     [
         ("operator", 78, 'hcd: device "desk" (lamp): no bulb\n'),
         ("system", 78, 'hcd: device "desk" (lamp): [Errno 2] No such file or directory'),
-        ("defect", 1, 'hcd: device "desk" (lamp): open() raised KeyError\n'),
+        ("defect", 1, "hcd: device \"desk\" (lamp), of lampworks 3.1: open() raised KeyError: 'bulb'\n"),
     ],
 )
 def test_a_device_that_does_not_open_ends_the_start(
