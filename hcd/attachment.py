@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import functools
+import logging
 import mmap
 import os
 from collections.abc import Collection, Iterable, Sequence
@@ -143,8 +144,8 @@ class Attachment:
         host, item, doorbell = self._host, hosted.item, hosted.doorbell
         doorbell.registered = outcome.error == 0
         if outcome.error:
-            host.log.warning("doorbell %s (%s %s) is not registered: %s%s", item.name, doorbell.path, item,
-                             _explain(outcome.error), self._lacking(doorbell.kind))
+            host.rare_log.warning(f"doorbell {item.name}", "doorbell %s (%s %s) is not registered: %s%s", item.name,
+                                  doorbell.path, item, _explain(outcome.error), self._lacking(doorbell.kind))
             os.close(self._fds.pop(outcome.reference))
             return
         host.log.debug("doorbell %s (%s %s) is registered", item.name, doorbell.path, item)
@@ -172,15 +173,17 @@ class Attachment:
             if hosted.item.reference != outcome.reference:
                 continue
             if outcome.error:
-                self._host.log.warning("interrupt %s is not registered: %s", hosted.item.name,
-                                       _explain(outcome.error))
+                self._host.rare_log.warning(f"interrupt {hosted.item.name}", "interrupt %s is not registered: %s",
+                                            hosted.item.name, _explain(outcome.error))
             else:
                 hosted.line.set_fd(self._fds[outcome.reference])
 
     def _settle_memory(self, outcome: Outcome) -> None:
         memory, device = self._host.memory, self._host.device
         if outcome.error:
-            self._host.log.warning("the guest does not see the shared memory: %s", _explain(outcome.error))
+            self._host.rare_log.warning(
+                "shared memory", "the guest does not see the shared memory: %s", _explain(outcome.error)
+            )
             return
         assert memory is not None
         self._map = mmap.mmap(self._fds[outcome.reference], memory.size)
@@ -201,7 +204,8 @@ class Attachment:
     def set_clock(self, tsc_khz: int, tsc_offset: int) -> None:
         """guest TSC = TSC + ``tsc_offset``; ``tsc_khz`` 0: not known."""
         if tsc_khz and not (HAS_TSC and _tsc_is_constant()):
-            self._host.log.info("rings are not timed: this machine has no constant time-stamp counter")
+            self._host.rare_log.log(logging.INFO, "rings without time",
+                                    "rings are not timed: this machine has no constant time-stamp counter")
             tsc_khz = 0
         self._clock = (tsc_khz, tsc_offset)
         for served in self._served.values():

@@ -79,5 +79,10 @@ def test_a_device_that_cannot_be_opened_is_a_finding() -> None:
         def open(self, lane: object) -> None:
             raise OSError("no such lamp")
 
-    (finding,) = find_faults(Closed)
-    assert (finding.rule, "no such lamp" in finding.text) == ("life", True)
+    class Open(faulty_devices.Shout):
+        def close(self) -> None:
+            raise OSError("no such lamp")
+
+    for kind, method in ((Closed, "open"), (Open, "close")):
+        (finding,) = find_faults(kind)
+        assert (finding.rule, finding.text) == ("life", f"{method}() raised OSError: no such lamp")

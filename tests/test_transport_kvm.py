@@ -811,3 +811,18 @@ async def test_a_doorbell_that_could_not_be_registered_and_is_gone_is_no_problem
         await s.until(lambda: d1.registered is None)
         vmm.close()
         await s.until_free()
+
+
+async def test_vmms_that_come_and_go_do_not_fill_the_log(short_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever they cannot register: a line each, five times a minute."""
+    caplog.set_level("INFO")
+    async with served(Counter(), short_dir) as s:
+        def drive() -> None:
+            for _ in range(50):
+                Vmm(s.path, register=lambda item: errno.ENOSPC).close()
+
+        await s.in_thread(drive)
+        await s.until_free()
+        said = [record for record in caplog.records if record.name == "hcd.session"]
+        assert 10 < len(said) < 50
+        assert sum("doorbell d1 (mmio 0x1004/4) is not registered: ENOSPC" in one.getMessage() for one in said) == 5

@@ -145,7 +145,7 @@ class _Session:
         try:
             await part(nursery)
         except _HungUp:
-            self.host.rare_log.log(logging.INFO, "connections", "VMM %s disconnected", self._shown())
+            self.host.rare_log.log(logging.INFO, "VMMs that go", "VMM %s disconnected", self._shown())
         except ProtocolError as error:
             self.host.protocol_errors += 1
             self.host.rare_log.error(
@@ -227,9 +227,10 @@ class _Session:
         attachment = self._attachment
         if attachment is not None and self._conn.idle and not attachment.connected:
             await self.host.lane.run(attachment.connect)
-            self.host.log.info("VMM %s attached: %s", self._shown(), attachment.summary())
+            say = self.host.rare_log.log
+            say(logging.INFO, "VMMs that attach", "VMM %s attached: %s", self._shown(), attachment.summary())
             if attachment.untimed:
-                self.host.log.info("rings are not timed: the VMM gave no TSC offset")
+                say(logging.INFO, "rings without time", "rings are not timed: the VMM gave no TSC offset")
 
     async def _handle(self, event: HostEvent) -> None:
         if isinstance(event, Attach):
@@ -254,8 +255,10 @@ class _Session:
         ]
         adopted, stale = attachment.adopt(event.held, [item for group in groups for item in group])
         if event.held:
-            host.log.info("the VMM %s is back: %d of its %d descriptors are good", self._shown(), len(adopted),
-                          len(event.held))
+            host.rare_log.log(
+                logging.INFO, "VMMs that are back", "the VMM %s is back: %d of its %d descriptors are good",
+                self._shown(), len(adopted), len(event.held),
+            )
         memory, interrupts, bells = map(len, groups)
         self._conn.welcome(host.spec.name, doorbells=bells, interrupts=interrupts, memory=memory)
         self._conn.remove(stale)

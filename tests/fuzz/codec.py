@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hcd_protocols.doorbell import Added, Capability, HostConnection, Removed, VmmConnection
+from hcd_protocols.doorbell.text import message_text
 from hcd_protocols.errors import ProtocolError
 from hcd_protocols.vhost_user import (
     BackChannel,
@@ -246,7 +247,9 @@ class CodecFuzz:
         link.end()
         try:
             for one in said:
-                link.receive_data(_sized(one, chance), books.give(one.fds))
+                packet = _sized(one, chance)
+                assert message_text(packet).isprintable()
+                link.receive_data(packet, books.give(one.fds))
                 self.cases += 1
                 while (event := link.next_event()) is not None:
                     self.accepted += 1
