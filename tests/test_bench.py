@@ -24,6 +24,7 @@ from hcd.demo.hcd_process import HcdProcess
 from hcd.errors import ConfigError, HcdError
 from hcd.frontend.blk import BLOCK_FEATURES
 from hcd.frontend.client import Frontend
+from hcd.frontend.errors import BackendError
 from hcd.frontend.net import NET_FEATURES, NetDriver
 
 pytestmark = pytest.mark.long
@@ -163,6 +164,8 @@ def test_buffers_in_many_regions(start_hcd: StartHcd, short_dir: Path) -> None:
     [
         (["--queues", "3"], "the back end has 2 queue(s), not 3"),
         (["--size", "4M"], "too small for requests of 4194304"),
+        (["--span", "1K"], "a span of 1024 bytes is too small for requests of 4096"),
+        (["--depth", "1024"], "queue 0 of 4096 entries cannot be started"),
         (["--size", "1000"], "expected a multiple of 512"),
         (["--depth", "64", "--ring-size", "128"], "needs a ring of 192 entries"),
         (["--pin", "8000"], "--pin 8000"),
@@ -176,6 +179,18 @@ def test_what_a_back_end_cannot_take(
     assert (status, out) == (1, "")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_a_back_end_that_dies_is_told_from_one_that_is_silent(start_hcd: StartHcd, short_dir: Path) -> None:
+    """Both answer nothing."""
+    hcd = start_hcd(DISK)
+    with Frontend(f"{short_dir}/disk.sock") as frontend:
+        with pytest.raises(TimeoutError), blk.naming_the_dead(frontend):
+            raise TimeoutError("no answer")
+        hcd.kill()
+        frontend.wait_hangup(20)
+        with pytest.raises(BackendError, match="hung up under load"), blk.naming_the_dead(frontend):
+            raise TimeoutError("no answer")
 
 
 @pytest.mark.parametrize("words", [["--rw", "write"], ["--rw", "mix"], ["--verify"]])

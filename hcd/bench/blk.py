@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,7 @@ from hcd.bench.peer import Peer
 from hcd.errors import ConfigError
 from hcd.frontend.blk import BLOCK_FEATURES, read_config
 from hcd.frontend.client import Frontend
+from hcd.frontend.errors import BackendError
 from hcd.frontend.memory import SharedMemory
 
 __all__ = ["BlkCase", "BlkResult", "run", "start"]
@@ -87,7 +90,8 @@ def run(case: BlkCase, memory: SharedMemory | None = None) -> BlkResult:
     with Frontend(case.socket, memory=memory, memory_size=memory_size) as frontend:
         frontend.negotiate(packed=case.packed, event_idx=case.event_idx, device=int(BLOCK_FEATURES))
         start(frontend, case.queues, size)
-        return _load(case, frontend)
+        with naming_the_dead(frontend):
+            return _load(case, frontend)
 
 
 def start(frontend: Frontend, queues: int, size: int) -> None:
@@ -96,8 +100,22 @@ def start(frontend: Frontend, queues: int, size: int) -> None:
         raise ConfigError(f"the back end has {frontend.max_queues} queue(s), not {queues}")
     frontend.share_memory()
     for index in range(queues):
-        frontend.start_queue(index, size)
+        try:
+            frontend.start_queue(index, size)
+        except BackendError as error:
+            raise BackendError(f"queue {index} of {size} entries cannot be started: {error}") from error
     frontend.driver_ok()
+
+
+@contextmanager
+def naming_the_dead(frontend: Frontend) -> Iterator[None]:
+    """A back end that is gone answers nothing either: say which of the two it is."""
+    try:
+        yield
+    except TimeoutError as error:
+        if frontend.link.hung_up():
+            raise BackendError("the back end hung up under load") from error
+        raise
 
 
 def _load(case: BlkCase, frontend: Frontend) -> BlkResult:
@@ -105,7 +123,8 @@ def _load(case: BlkCase, frontend: Frontend) -> BlkResult:
     disk = config.capacity * SECTOR
     span = min(case.span or disk, disk) // case.size * case.size
     if span == 0:
-        raise ConfigError(f"the disk has {disk} bytes: too small for requests of {case.size}")
+        where = f"a span of {case.span}" if case.span and case.span < disk else f"a disk of {disk}"
+        raise ConfigError(f"{where} bytes is too small for requests of {case.size}")
     if (case.rw != "read" or case.verify) and frontend.features & BlkFeature.RO:
         raise ConfigError("the disk is read-only")
     peer = Peer(frontend.link.sock)

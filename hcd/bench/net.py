@@ -9,7 +9,7 @@ from typing import Any
 
 from hcd_protocols.virtio.net import header_size
 
-from hcd.bench.blk import WARM_UP, start
+from hcd.bench.blk import WARM_UP, naming_the_dead, start
 from hcd.bench.netload import NetLoad
 from hcd.bench.peer import Peer
 from hcd.errors import ConfigError
@@ -75,6 +75,7 @@ def run(case: NetCase) -> NetResult:
         far = near
         if case.peer not in ("", case.socket):
             far = stack.enter_context(_connect(case, case.peer))
+        stack.enter_context(naming_the_dead(near))
         return _load(case, near, far)
 
 

@@ -110,6 +110,12 @@ class Link:
             data += piece
         raise BackendError("the back end did not hang up")
 
+    def hung_up(self) -> bool:
+        """Whether the back end has."""
+        poller = select.poll()
+        poller.register(self.sock, select.POLLRDHUP)
+        return bool(poller.poll(0))
+
     # -- inside
 
     def _exchange(self) -> Reply | None:
