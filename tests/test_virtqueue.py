@@ -361,6 +361,33 @@ def test_a_full_call_eventfd_blocks_nobody(pair: Pair) -> None:
     assert pair.stats.interrupts_pending == 1
 
 
+def test_a_call_eventfd_that_put_hcd_to_sleep_is_not_touched_again(pair: Pair) -> None:
+    """It is full, and the front end made it blocking: once is enough to know. All devices wait meanwhile."""
+    os.eventfd_write(pair.call_fd, (1 << 64) - 2)
+    os.set_blocking(pair.call_fd, True)
+    pair.ring.add([pair.put(b"x")], [])
+    submit(pair, [pair.put(b"y")], [])
+    requests = pair.queue.pop_many(2)
+    for request in requests:
+        pair.ring.used()
+        pair.ring.enable_interrupts()
+        request.complete()
+        pair.queue.flush()
+    assert pair.queue.broken == "the front end made the call eventfd block"
+    assert (pair.stats.interrupts_pending, pair.stats.interrupts_absent) == (1, 1)
+
+
+def test_a_kick_eventfd_that_the_front_end_emptied_is_read_without_sleeping(pair: Pair) -> None:
+    """Although it is blocking: RWF_NOWAIT counts for the call, whatever is done to the file."""
+    kick = os.eventfd(0)
+    pair.queue.set_kick(kick)
+    assert pair.queue.read_kick() == 0
+    os.eventfd_write(kick, 3)
+    assert pair.queue.read_kick() == 3
+    assert not pair.queue.broken
+    os.close(kick)
+
+
 def test_rings_are_counted_by_value(pair: Pair) -> None:
     """The eventfd's value is the number of rings, less the one that QEMU invents."""
     kick = os.eventfd(1, os.EFD_NONBLOCK)

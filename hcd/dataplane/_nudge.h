@@ -1,10 +1,11 @@
 /* Getting out of a system call that was not meant to block.
  *
  * Kick and call eventfds are made non-blocking, but O_NONBLOCK belongs to the open file, which the front end shares: it
- * can fill an eventfd, take the flag away, and write(2) then sleeps for ever; likewise read(2) of an empty one. There
- * is no flag for one call alone (RWF_NOWAIT is refused for writing to eventfds). So while a thread signals or reads
- * eventfds, a timer of its own sends it a signal every NUDGE_MS, whose handler does nothing: a call that sleeps ends
- * with EINTR, one that does not is never disturbed. The caller takes EINTR as proof that the fd blocks.
+ * can fill an eventfd, take the flag away, and write(2) then sleeps for ever; likewise read(2) of an empty one. For
+ * reading there is a flag for one call alone, RWF_NOWAIT (Linux 5.8); for writing to eventfds it is refused. So while a
+ * thread signals eventfds, a timer of its own sends it a signal every NUDGE_MS, whose handler does nothing: a call that
+ * sleeps ends with EINTR, one that does not is never disturbed. The caller takes EINTR as proof that the fd blocks, and
+ * does not touch it again.
  *
  * The timer costs nothing per call: it is armed by the first one and disarms itself at a tick that saw none since the
  * tick before. A call notes its activity before it begins, so a call that sleeps always meets one more tick.
@@ -12,9 +13,12 @@
 #ifndef HCD_NUDGE_H
 #define HCD_NUDGE_H
 
+#include <errno.h>
 #include <signal.h>
+#include <stdint.h>
 #include <string.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -66,12 +70,23 @@ static void hcd_nudge_arm(void)
     hcd_nudge_set(NUDGE_MS);
 }
 
-/* Call before a read or write of an eventfd that somebody else shares. */
+/* Call before a write to an eventfd that somebody else shares. */
 static inline void hcd_nudge(void)
 {
     hcd_nudge_active = 1;
     if (!hcd_nudge_armed)
         hcd_nudge_arm();
+}
+
+/* As read(2) of an eventfd, without sleeping whatever its flags are by now. */
+static inline ssize_t hcd_read_eventfd(int fd, uint64_t *value)
+{
+    struct iovec whole = { value, sizeof(*value) };
+    ssize_t n = preadv2(fd, &whole, 1, -1, RWF_NOWAIT);
+    if (n >= 0 || errno != EOPNOTSUPP)
+        return n;
+    hcd_nudge();                /* an older kernel */
+    return read(fd, value, sizeof(*value));
 }
 
 /* The thread will make no more such calls. */

@@ -27,10 +27,9 @@ cdef extern from "_tsc.h" nogil:
     uint64_t hcd_tsc()
     uint64_t hcd_load64(const void *p)
 
-from hcd.dataplane.virtqueue cimport nudge
+from hcd.dataplane.virtqueue cimport nudge, read_eventfd
 
 cdef extern from "<unistd.h>" nogil:
-    ssize_t read(int fd, void *buf, size_t n)
     ssize_t write(int fd, const void *buf, size_t n)
 
 HAS_TSC = bool(HCD_HAS_TSC)
@@ -93,8 +92,7 @@ cdef class Bell:
     cdef uint64_t collect(self, uint64_t woken) except? 0xffffffffffffffff:
         cdef uint64_t value = 0
         cdef ssize_t n
-        nudge()
-        n = read(self.fd, &value, 8)
+        n = read_eventfd(self.fd, &value)
         if n != 8:
             if n < 0 and errno == EINTR:
                 raise OSError(errno, f"doorbell {self.name}: the VMM made its eventfd block")

@@ -241,4 +241,5 @@ cdef class Virtqueue:
 
 cdef bint ring_has_work(vring_t *r) noexcept nogil
 cdef void nudge() noexcept nogil
+cdef ssize_t read_eventfd(int fd, uint64_t *value) noexcept nogil
 cdef void nudge_end() noexcept nogil

@@ -68,12 +68,12 @@ cdef extern from "<sys/uio.h>" nogil:
     ssize_t pwritev(int fd, const iovec *iov, int n, long offset)
 
 cdef extern from "<unistd.h>" nogil:
-    ssize_t read(int fd, void *buf, size_t n)
     ssize_t write(int fd, const void *buf, size_t n)
 
 cdef extern from "_nudge.h" nogil:
     void hcd_nudge()
     void hcd_nudge_end()
+    ssize_t hcd_read_eventfd(int fd, uint64_t *value)
 
 cdef extern from "Python.h":
     Py_ssize_t Py_REFCNT(PyObject *o)
@@ -101,8 +101,13 @@ include "_request.pxi"
 
 
 cdef void nudge() noexcept nogil:
-    """See _nudge.h: to be called before a read or write of an eventfd that somebody else shares."""
+    """See _nudge.h: to be called before a write to an eventfd that somebody else shares."""
     hcd_nudge()
+
+
+cdef ssize_t read_eventfd(int fd, uint64_t *value) noexcept nogil:
+    """See _nudge.h: as read(2), never asleep."""
+    return hcd_read_eventfd(fd, value)
 
 
 cdef void nudge_end() noexcept nogil:
@@ -689,6 +694,8 @@ cdef class Virtqueue:
             self.stats.c.pending += 1
         elif n < 0 and errno == EINTR:
             self.stats.c.pending += 1
+            self.call_fd = -1
+            self.call_used = False
             self.break_ring("the front end made the call eventfd block")
         else:
             self.stats.c.absent += 1
@@ -702,8 +709,7 @@ cdef class Virtqueue:
         cdef ssize_t n
         if self.kick_fd < 0:
             return 0
-        hcd_nudge()
-        n = read(self.kick_fd, &value, 8)
+        n = hcd_read_eventfd(self.kick_fd, &value)
         if n != 8:
             if n < 0 and errno == EAGAIN:
                 return 0
