@@ -370,8 +370,8 @@ def test_features() -> None:
     def names(**options: Any) -> set[str]:
         return {str(bit.name) for bit in BlkFeature(Block("d", options).features)}
 
-    assert names(ram=SIZE) == always | {"DISCARD", "WRITE_ZEROES"}
-    assert names(ram=SIZE, num_queues=2) == always | {"DISCARD", "WRITE_ZEROES", "MQ"}
+    assert names(ram=SIZE) == always | {"DISCARD", "WRITE_ZEROES", "SIZE_MAX"}
+    assert names(ram=SIZE, num_queues=2) == always | {"DISCARD", "WRITE_ZEROES", "SIZE_MAX", "MQ"}
     assert names(blk_file="x", read_only=True) == always | {"RO"}
 
 

@@ -297,6 +297,39 @@ def test_cached_reads_don_t_see_the_worker(images: Images) -> None:
     assert (store.inline_reads, store.jobs) == (20, 0)
 
 
+def test_a_large_read_is_left_to_the_worker(images: Images) -> None:
+    """Copying takes time, and the lane has other devices to serve."""
+    data = pattern(2 << 20)
+    path = images.file(data)
+    disk = images.disk(path)
+    store = disk.store
+    assert isinstance(store, BlockFile)
+    if not store.nowait:
+        pytest.skip("this file system has no RWF_NOWAIT")
+    path.read_bytes()
+    assert disk.one(IN, 0, length=1 << 20).result == data[: 1 << 20]
+    assert (store.inline_reads, store.jobs) == (1, 0)
+    assert disk.one(IN, 0, length=2 << 20).result == data
+    assert (store.inline_reads, store.jobs) == (1, 1)
+
+
+@pytest.mark.parametrize("kind", [IN, OUT])
+def test_a_disk_in_memory_copies_only_so_much_at_once(images: Images, kind: int) -> None:
+    """Descriptors may all name the same memory: 32 MiB are served, more are refused."""
+    disk = images.keep(Disk(BlockRam(64 << 20)))
+    header, status = disk.memory.alloc(16), disk.memory.alloc(1)
+    buffer = disk.memory.alloc(4 << 20)
+    disk.memory.write(header, REQUEST_HEADER.pack(kind, 0, 0))
+    for pieces, expected in ((8, OK), (9, IOERR)):
+        data = [(buffer, 4 << 20)] * pieces
+        readable, writable = ([(header, 16)], data) if kind == IN else ([(header, 16), *data], [])
+        disk.driver.queue.submit(readable, [*writable, (status, 1)])
+        disk.queue.turn(disk.handle)
+        (used,) = disk.driver.queue.used()
+        assert disk.memory.read(status, 1) == bytes([expected])
+        assert used.written == (1 + (kind == IN and expected == OK) * (pieces << 22))
+
+
 def test_a_cold_read_completes_after_a_cached_one(images: Images, cold: Callable[[Disk, Path], None]) -> None:
     content = pattern(1 << 20)
     path = images.file(content)

@@ -131,6 +131,51 @@ def test_rings_are_served(running: Running, packed: bool) -> None:
     os.close(kick)
 
 
+def test_a_queue_that_never_runs_dry_does_not_keep_others_from_being_polled(running: Running) -> None:
+    """A ring that was served has its kicks suppressed: it is looked at also while another one always has work."""
+    busy, other = make_pair(size=256), make_pair(size=256)
+    busy_buffer, other_buffer = busy.put(b"x"), other.put(b"x")
+    served: list[int] = []  # how many turns the busy one had had when the other one had its
+    kicks_wanted: list[bool] = []
+    turns = 0
+    done = threading.Event()
+
+    def ask(pair: Pair, buffer: tuple[int, int], count: int) -> None:
+        for _ in range(count):
+            pair.ring.add([buffer], [])
+        pair.ring.publish()
+
+    def take_and_ask_again(queue: Virtqueue) -> None:
+        nonlocal turns
+        turns += 1
+        if len(served) == 2 or (served and turns > served[0] + 100):
+            done.set()
+            return
+        ask(busy, busy_buffer, len(busy.ring.used()))
+        if served and turns == served[0] + 5:
+            ask(other, other_buffer, 1)
+            kicks_wanted.append(other.ring.kick_needed())
+        for request in queue:
+            request.complete()
+
+    def take(queue: Virtqueue) -> None:
+        served.append(turns)
+        for request in queue:
+            request.complete()
+
+    ask(busy, busy_buffer, 200)
+    ask(other, other_buffer, 1)
+    other.ring.kick_needed()  # the next answer is about the next request alone
+    kicks = [serve(running, busy, take_and_ask_again), serve(running, other, take)]
+    assert done.wait(LIMIT)
+    assert len(served) == 2
+    assert kicks_wanted == [False]
+    for pair, kick in zip((busy, other), kicks, strict=True):
+        watch = running.watches.pop(0)
+        running.do(lambda pair=pair, watch=watch: (running.reactor.forget(pair.queue), pair.close(), watch.cancel()))
+        os.close(kick)
+
+
 @pytest.mark.parametrize(("size", "per_turn"), [(1, 64), (64 << 10, 32), (1 << 20, 4)])
 def test_a_busy_queue_leaves_turns_to_others(size: int, per_turn: int) -> None:
     """A turn takes at most its budget, of requests and of bytes, so a queue that always has work does not starve

@@ -67,8 +67,8 @@ class BlockStore:
 class BlockFile(BlockStore):
     """A file or block device by descriptor, which becomes its own (not when the constructor raises).
 
-    ``size`` -1: as large as the file is, cut to whole sectors. Reads are served at once from the page cache where the
-    file can do RWF_NOWAIT; everything else goes to up to ``workers`` threads, which start when they are needed, and
+    ``size`` -1: as large as the file is, cut to whole sectors. Reads of up to 1 MiB are served at once from the page cache
+    where the file can do RWF_NOWAIT; everything else goes to up to ``workers`` threads, which start when they are needed, and
     completes out of order. Past the page cache (a descriptor with O_DIRECT) reads and writes go to an io_uring first, if
     ``ring`` allows it and the kernel has it: the threads get what it could not do in one go.
 
@@ -93,6 +93,9 @@ class BlockFile(BlockStore):
     def ring_rest(self) -> int: ...  # of these, finished by a thread
 
 class BlockRam(BlockStore):
-    """``size`` bytes of zeroes in memory, lazily allocated, gone at ``close``. Discarded ranges read as zeroes."""
+    """``size`` bytes of zeroes in memory, lazily allocated, gone at ``close``. Discarded ranges read as zeroes.
+
+    What is copied is copied in the lane: requests of more than 32 MiB are refused.
+    """
 
     def __init__(self, size: int) -> None: ...

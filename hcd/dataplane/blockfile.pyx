@@ -3,7 +3,7 @@
 
 Theory of operation.
 
-* Nothing that may wait for a disk runs in the lane. A read is tried with preadv2(RWF_NOWAIT) straight into guest memory,
+* Nothing that may wait for a disk runs in the lane. A read, unless it is a large one, is tried with preadv2(RWF_NOWAIT) straight into guest memory,
   with the GIL held: the page cache has it, or the call says so at once (and starts reading ahead). It may also come back
   short at the edge of what is cached; the worker goes on from there. Files that don't know RWF_NOWAIT (tmpfs) or would wait in spite of it
   (O_DIRECT) are found out when they are opened.
@@ -75,6 +75,8 @@ cdef enum:
     UNSUPP = 2
     MOST_RANGES = 1024
     INLINE_PIECES = 128       # as HCD_PIECES
+    INLINE_MOST = 1 << 20     # bytes that are read in the lane: copying takes time, and other devices wait meanwhile
+    RAM_MOST = 32 << 20       # bytes of one request of a disk in memory, for the same reason
 
 cdef uint64_t PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 
@@ -302,7 +304,7 @@ cdef class BlockFile(BlockStore):
         if nbytes == 0:
             self.settle(request, OK, 0)
             return
-        if self.nowait:
+        if self.nowait and nbytes <= INLINE_MOST:
             pieces = request.slice(&request.w, False, nbytes, iov, INLINE_PIECES)
             got = preadv2(self.fd, iov, pieces, sector * SECTOR, RWF_NOWAIT)
             if got == nbytes:
@@ -544,6 +546,14 @@ cdef class BlockRam(BlockStore):
             self.base = <char *>p
             self.size = size
         return self.size
+
+    cdef bint placed(self, Request r, uint64_t sector, uint64_t have, int64_t *nbytes, bint out) except -1:
+        if not BlockStore.placed(self, r, sector, have, nbytes, out):
+            return False
+        if nbytes[0] > RAM_MOST:
+            self.refused(r, IOERR, f"{nbytes[0]} bytes in one request to a disk in memory, which takes {RAM_MOST}")
+            return False
+        return True
 
     def read(self, Request request not None, uint64_t sector, int64_t nbytes=-1):
         if self.placed(request, sector, self.room(request), &nbytes, False):

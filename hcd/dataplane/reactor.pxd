@@ -60,5 +60,6 @@ cdef class Reactor:
     cdef int collect(self, int timeout) except -1
     cdef int dispatch(self, int n, void *reported) except -1
     cdef int round(self) except -1
+    cdef int look(self, int first, uint64_t now) except -1
     cdef int list_rings(self) except -1
     cdef int close_fds(self) except -1

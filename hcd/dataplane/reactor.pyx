@@ -3,8 +3,8 @@
 
 Theory of operation.
 
-* The loop has three states. *Working*: queues are ready; each gets one turn (at most a budget of requests), then fds
-  and posted work are looked at, then the next round. *Polling*: nothing is ready, but rings were busy a moment ago;
+* The loop has three states. *Working*: queues are ready; each gets one turn (at most a budget of requests), then fds,
+  posted work and the rings whose kicks are suppressed are looked at, then the next round. *Polling*: nothing is ready, but rings were busy a moment ago;
   they are looked at in a loop without the GIL, with their kicks suppressed. *Sleeping*: kicks are enabled again, the
   rings looked at once more (a request may have slipped in), then epoll waits, as long as it takes.
 * Polling costs a core and saves the kick of the guest and the wake-up of this thread. How long it goes on follows
@@ -270,7 +270,7 @@ cdef class Reactor:
         nudge_end()
 
     cdef int round(self) except -1:
-        """One turn for every queue that is ready, then a look at the fds."""
+        """One turn for every queue that is ready, then a look at the fds, and at the rings that nobody kicks now."""
         cdef Virtqueue q
         queues, self.ready = self.ready, []
         for q in queues:
@@ -279,7 +279,16 @@ cdef class Reactor:
                 self.turn(q)
         self.flush_dirty()
         self.idle_since = hcd_now()
+        self.look(0, self.idle_since)      # a queue that always has work would keep the others from being polled
         return self.collect(0)
+
+    cdef int look(self, int first, uint64_t now) except -1:
+        """Mark what has work of the rings that are awake."""
+        cdef int i
+        for i in range(first, <int>len(self.awake)):
+            if wants_turn(self.rings[i]):
+                self.mark(<Virtqueue>self.awake[i], now, False)
+        return 0
 
     cdef int turn(self, Virtqueue q) except -1:
         cdef uint64_t began = hcd_now(), took
@@ -419,9 +428,7 @@ cdef class Reactor:
         if found >= 0:
             now = hcd_now()
             self.gap_ended(now)
-            for i in range(found, n):
-                if wants_turn(self.rings[i]):
-                    self.mark(<Virtqueue>self.awake[i], now, False)
+            self.look(found, now)
             return 1
         if fds > 0:
             self.dispatch(fds, &events[0])

@@ -38,6 +38,8 @@ SEG_MAX = 126
 FILE_LIMITS = (1 << 21, 16)
 #: memory is cleared in the reactor: little enough to take well under a millisecond, and a turn of such few
 RAM_LIMITS = (1 << 13, 1)
+#: bytes of one of its pieces: SEG_MAX of them are less than a disk in memory takes in one request
+RAM_SIZE_MAX = 256 << 10
 #: what a file system keeps together: the physical block size that guests are told
 PHYSICAL = 4096
 #: seconds between two log lines about the same kind of failure
@@ -110,6 +112,8 @@ class Block(Device):
         )
         if self.num_queues > 1:
             features |= BlkFeature.MQ
+        if self.option["ram"] is not None:
+            features |= BlkFeature.SIZE_MAX
         if self.option["read_only"]:
             features |= BlkFeature.RO
         else:
@@ -121,6 +125,7 @@ class Block(Device):
         exponent = max(0, (PHYSICAL // self.block_size).bit_length() - 1)
         return BlkConfig(
             capacity=self._disk.size // SECTOR_SIZE,
+            size_max=RAM_SIZE_MAX if self.option["ram"] is not None else 0,
             seg_max=SEG_MAX,
             blk_size=self.block_size,
             physical_block_exp=exponent,
