@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,8 @@ def test_every_ring_of_a_guest_is_logged(
     with attach(machine, short_dir):
         result = machine.run_trips(BY_PORT, 50, 60)
         assert (result.why, len(result.ticks)) == ("", 50)
+    while " disconnected" not in hcd.log_text:  # the log comes through a pipe
+        time.sleep(0.01)
     text = hcd.log_text
     for number in range(1, 51):
         began = text.index(f"bells: doorbell pio0 #{number}: 1 ring, value {VALUE:#x}\n")
@@ -87,10 +90,10 @@ def test_a_guest_waits_for_an_answer_that_is_lost_or_late(
     """What is lost was rung, and only the doorbell that was named suffers."""
     hcd = start('{ error = { pattern = "d..x", delay-ms = 100, doorbell = "pio0" } }')
     with attach(machine, short_dir):
+        began = time.monotonic()
         result = machine.run_trips(BY_PORT, 3, 60)
-        khz = machine.vcpu.tsc_khz()
+        assert time.monotonic() - began >= 0.1
         assert (result.why, len(result.ticks)) == ("", 3)
-        assert khz is None or result.ticks[0] > 0.1 * khz * 1000
         assert "does not return" in machine.run_trips(BY_PORT, 1, 0.5).why
         result = machine.run_trips(BY_ADDRESS, 20, 60)
         assert (result.why, len(result.ticks)) == ("", 20)

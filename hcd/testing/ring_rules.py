@@ -64,7 +64,7 @@ class RingRun:
     def attach(self, refuse: Callable[[Item], int] = lambda item: 0) -> Vmm:
         """A new VMM, after the last one was let go. ``refuse``: the errno with which it cannot have an item, or 0."""
         self.close()
-        self.vmm = self.served.vmm(register=refuse, timeout=self.timeout)
+        self.vmm = self.served.vmm(register=refuse)
         self._open.append(self.vmm)
         return self.vmm
 

@@ -322,7 +322,7 @@ class ServedDoorbells(Served):
     async def _accept(self, listener: socket.socket) -> None:
         await kvm.serve(self.host, listener)
 
-    def vmm(self, *, register: Callable[[Item], int] = lambda item: 0, timeout: float = 5.0) -> Vmm:
+    def vmm(self, *, register: Callable[[Item], int] = lambda item: 0, timeout: float = 20.0) -> Vmm:
         """A VMM that is attached. Close it. ``register``: which errno each item fails with, 0: none."""
         return Vmm(self.path, register=register, timeout=timeout)
 
