@@ -227,7 +227,7 @@ class KeepsThread(Adder):
 
     def open(self, lane: Lane) -> None:
         super().open(lane)
-        threading.Thread(target=time.sleep, args=(4,), daemon=True).start()
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
 
 
 # -- what is not about rings

@@ -23,7 +23,7 @@ import hcd.device
 from hcd import plugins
 from hcd.demo.hcd_process import HcdProcess
 from hcd.device import Bell, Counter, Gauge, Histogram, Request, Virtqueue
-from hcd.testing import Exchange, check_device, serve
+from hcd.testing import Exchange, Ring, check_device, serve
 from hcd.testing.vmm import Vmm
 
 pytestmark = pytest.mark.long
@@ -136,6 +136,7 @@ def test_they_keep_the_contract() -> None:
     orders = [Exchange(b"\0\0tea", 8, b"TEA"), Exchange(b"\2\0milk", 8, b"MILK"), Exchange(b"\xe8\3ink", 8, b"INK")]
     check_device("vending", {"greeting": "hello"}, exchanges=orders)
     check_device("slow-vending", exchanges=[Exchange(b"tea", 8, b"TEA")])
+    check_device("lighthouse", exchanges=[Ring("ship", "light", count=2)])
 
 
 @pytest.mark.usefixtures("site")

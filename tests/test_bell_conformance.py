@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import faulty_bells
@@ -50,15 +48,6 @@ def test_a_seeded_mistake_is_found(kind: type[faulty_bells.Adder], monkeypatch: 
 def test_devices_of_hcd_pass(kind: Any, options: dict[str, Any], exchanges: list[Ring]) -> None:
     """By name, by class and made already."""
     check_device(kind, options, exchanges=exchanges)
-
-
-def test_a_device_that_changes_its_doorbells_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plug-in of device API 1 that has one more while a VMM is attached."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent / "plugins_api1"))
-    from lighthouse import Lighthouse
-
-    check_device(Lighthouse, exchanges=[Ring("ship", "light", count=2)])
-    sys.modules.pop("lighthouse")
 
 
 def test_the_error_shows_every_finding() -> None:
