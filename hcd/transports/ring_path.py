@@ -58,7 +58,9 @@ class PathFinder:
             host.log.warning("%s", conflict)
         elif host.path_is_open:
             host.log.info("rings come by %s: %s (%s)", answer.path, answer.device, answer.kind)
-            host.set_path(answer.path, PathSource.QMP, answer.kind)
+            host.set_path(answer.path, PathSource.QMP, answer.kind, answer.place)
+        else:
+            host.set_place(answer.place)
 
     def give_up(self) -> None:
         """On the lane: rings that were counted aside for an answer that never came belong to no known path."""
