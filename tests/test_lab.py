@@ -24,7 +24,7 @@ from hcd.lab import cli as lab_cli
 from hcd.lab import code, facts, plot, report, results
 from hcd.lab.child import VmmFailed, VmmProcess
 from hcd.lab.devices import configuration
-from hcd.lab.experiment import ROUNDS, Experiment, _share
+from hcd.lab.experiment import ROUNDS, Experiment
 from hcd.lab.machine import Machine, Ring
 from hcd.lab.metrics import Scrape, histogram_rows, interpolate
 from hcd.lab.results import EXIT, HISTORY, RING, TRIP, Count, Report, Row
@@ -269,10 +269,25 @@ def test_a_dead_vmm_is_noticed(vmm: VmmProcess) -> None:
 # -- parts
 
 
-def test_shares_add_up() -> None:
-    """All rounds with the warm-up ring exactly what was asked for."""
-    for total in (1, 10, 11, 3000, 99_999):
-        assert sum(_share(total, number) for number in range(ROUNDS + 1)) == total
+@pytest.mark.parametrize("total", [1, 2, 10, 11, 13, 3000])
+def test_as_many_are_rung_as_were_asked_for(total: int) -> None:
+    """The probe, the warm-up and all rounds together; all but those two are measured."""
+
+    class Vmm:
+        alive = True
+
+        def ask(self, do: str, **arguments: Any) -> Any:
+            if do == "host":
+                return {"tsc_khz": 1000, "tsc_offset": None}
+            return {"ticks": [5] * arguments["count"], "status": 0, "why": ""}
+
+    experiment = Experiment(Vmm, None)  # type: ignore[arg-type]
+    experiment.add_comparisons()
+    rows, _ = experiment.run(total, 1)
+    assert {target.sent for target in experiment.targets} == {total}
+    measured = total - max(1, total // (ROUNDS + 1))
+    assert {row.rings for row in rows} == {measured}
+    assert all(bool(row.why) != bool(measured) for row in rows)
 
 
 def test_quantiles_of_ticks() -> None:

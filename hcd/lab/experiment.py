@@ -147,9 +147,7 @@ class Experiment:
         for target in (self._empty, *self.targets[turn:], *self.targets[:turn]):
             if target.why:
                 continue
-            share = _share(trips if target.measure == TRIP else rings, number)
-            if not number:
-                share -= 1  # the probe was one
+            share = _due(trips if target.measure == TRIP else rings, number) - target.sent
             if share > 0:
                 ticks = self._ring(target, share, 2 + share * _SLOWEST_RING)
                 if number and not target.why:
@@ -217,7 +215,7 @@ class Experiment:
         if not row.why and not khz:
             row.why = "KVM does not tell the frequency of the TSC"
         if row.why or not target.ticks:
-            row.why = row.why or "no rings asked for"
+            row.why = row.why or "no ring is left to measure: the first one is the probe"
             return row
         ordered = sorted(target.ticks)
         base = self._baseline if target.measure == EXIT else 0
@@ -268,10 +266,9 @@ def _kind(bell: dict[str, Any]) -> str:
     return "fixed" if bell["width"] else "any-length"
 
 
-def _share(total: int, number: int) -> int:
-    """How much of ``total`` belongs to round ``number``. The warm-up, round 0, has its part: all is rung in the end."""
-    parts = ROUNDS + 1
-    return total * (number + 1) // parts - total * number // parts
+def _due(total: int, number: int) -> int:
+    """How many of ``total`` rings have been sent after round ``number``, with the probe and the warm-up, round 0."""
+    return total * (number + 1) // (ROUNDS + 1)
 
 
 def _compare_with_pio(rows: Sequence[Row]) -> None:
