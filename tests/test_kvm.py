@@ -621,6 +621,25 @@ def test_an_interrupt_without_a_route_is_tried_again(
     assert machine.vm._routes[attachment.interrupt("line").gsi] == [machine.route]
 
 
+def test_memory_that_is_smaller_than_it_says_is_refused(fake: FakeHcd, attachment: Attachment) -> None:
+    """Like everything else that cannot be registered: it is answered, and the rest is served."""
+    found: list[Outcome] = []
+
+    def serve() -> None:
+        fake.accept()
+        fake.protocol.welcome("bells", doorbells=0, interrupts=0, memory=1)
+        fake.protocol.add([MemoryItem(1, 0x2000)], [memfd(fake, 0x1000)])
+        fake.protocol.end()
+        found.extend(fake.outcomes())
+        fake.flush()
+
+    thread = in_thread(serve)
+    attachment.connect()
+    thread.join()
+    assert [outcome.error for outcome in found] == [errno.EINVAL]
+    assert attachment.memory is None
+
+
 def test_what_the_caller_raises_leaves_no_connection(fake: FakeHcd, attachment: Attachment) -> None:
     """Its own ``place`` says no: nothing stays registered, and the next attempt works."""
     place = attachment._place

@@ -302,6 +302,8 @@ class Attachment:
             one.error, one.reason = exc.errno, str(exc)
         except OSError as exc:
             one.error, one.reason = exc.errno or errno.EIO, exc.strerror or str(exc)
+        except ValueError as exc:  # memory that is smaller than it is said to be
+            one.error, one.reason = errno.EINVAL, str(exc)
         return one.error
 
     def _register_doorbell(self, item: DoorbellItem, fd: int) -> Registration:

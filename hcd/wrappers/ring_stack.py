@@ -140,9 +140,11 @@ class RingStack(StackBase[RingWrapper]):
         self._tell_end(batch, None)
 
     async def _wait(self, batch: Batch, delay: float) -> None:
-        with trio.move_on_after(delay) as self._waiting[batch]:
-            await trio.sleep_forever()
-        self._waiting.pop(batch, None)
+        try:
+            with trio.move_on_after(delay) as self._waiting[batch]:
+                await trio.sleep_forever()
+        finally:
+            self._waiting.pop(batch, None)
 
     # -- wrappers
 
