@@ -78,6 +78,8 @@ class Backend:
         self.inflight: Inflight | None = None
         self._own_inflight = False
         self._tables: WeakSet[MemoryTable] = WeakSet()  # also those that requests in flight keep: they go with us
+        self._replaced: list[MemoryTable] = []  # see release_memory
+        self._doomed: list[MemoryTable] = []
         self._vrings = [self._make_vring(index, bell) for index, bell in enumerate(host.doorbells)]
 
     def _make_vring(self, index: int, doorbell: Doorbell) -> _Vring:
@@ -134,13 +136,29 @@ class Backend:
     # -- memory
 
     def set_memory(self, table: MemoryTable) -> None:
-        """Use ``table`` from now on; rings that run take it over."""
+        """Use ``table`` from now on; rings that run take it over. :meth:`release_memory` is due then."""
+        self._replaced.append(self.memory)
         self.memory = table
         self._tables.add(table)
         table.set_alarm(self.alarm)
         for vring in self._vrings:
             vring.queue.set_memory(table)
             self._update(vring)
+
+    @property
+    def has_old_memory(self) -> bool:
+        return bool(self._replaced or self._doomed)
+
+    def release_memory(self) -> None:
+        """Take away memory that requests were given up in, and unmap what nobody uses any more.
+
+        Not on the lane, whose devices would all wait: it takes some 70 ms for each GiB that was touched. Not while
+        another method runs.
+        """
+        for table in self._doomed:
+            table.revoke()
+        self._doomed.clear()
+        self._replaced.clear()
 
     # -- requests in flight
 
@@ -336,7 +354,7 @@ class Backend:
             self._fail(request, 1)
 
     def finish_stop(self, index: int) -> int:
-        """Let the ring go; returns its base. Requests still in flight are given up."""
+        """Let the ring go; returns its base. Requests still in flight are given up: :meth:`release_memory` is due."""
         vring = self._vrings[index]
         vring.on_drained.clear()
         left, waiting = vring.queue.inflight, vring.queue.waiting
@@ -363,8 +381,7 @@ class Backend:
         vring.queue.stats.handler_errors += left
         self.set_memory(self.memory.twin())
         if not any(one.active and one.queue.inflight for one in self._vrings):
-            for table in self._tables - {self.memory}:
-                table.revoke()
+            self._doomed += self._tables - {self.memory}
         # else requests of running queues may still use it: it is revoked at the end of the session
 
     def _on_drained(self, queue: Virtqueue) -> None:
@@ -386,7 +403,8 @@ class Backend:
         return sum(not self.begin_stop(vring.queue.index, on_drained) for vring in self._vrings)
 
     def close(self) -> None:
-        """Release everything: rings, fds, memory. Requests still in flight lose their memory."""
+        """Release everything: rings, fds, and with :meth:`release_memory`, which is due then, memory. Requests still in
+        flight lose theirs."""
         for vring in self._vrings:
             self._let_go(vring)
         for doorbell in self.host.doorbells:
@@ -394,7 +412,7 @@ class Backend:
         self.host.call_device(self.device.disconnect)
         for table in self._tables:
             table.set_alarm(-1)
-            table.revoke()
+        self._doomed += self._tables
         self._release_inflight()
         _close(self.alarm)
         self.memory = MemoryTable()

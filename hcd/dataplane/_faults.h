@@ -158,6 +158,8 @@ static void hcd_slot_release(int slot) { __atomic_store_n(&hcd_slots[slot].base,
 static int hcd_slot_revoke(int slot)
 {
     __atomic_store_n(&hcd_slots[slot].revoked, 1, __ATOMIC_RELEASE);
+    /* What takes long is done first, in a way that lets other threads have pages of other memory meanwhile. */
+    madvise((void *)hcd_slots[slot].base, hcd_slots[slot].length, MADV_DONTNEED);
     return hcd_map_over((void *)hcd_slots[slot].base, hcd_slots[slot].length, PROT_NONE);
 }
 

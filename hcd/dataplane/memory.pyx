@@ -148,7 +148,10 @@ cdef class Region:
         if self.is_revoked:
             return
         self.is_revoked = True
-        if hcd_slot_revoke(self.slot) != 0:
+        cdef int slot = self.slot, failed
+        with nogil:
+            failed = hcd_slot_revoke(slot)
+        if failed != 0:
             raise OSError(errno, f"{self}: it cannot be revoked: {os.strerror(errno)}")
 
     def twin(self):

@@ -1,7 +1,8 @@
 """What the messages of a front end do: each takes effect on the device's lane, and is answered after that.
 
 GET_VRING_BASE waits for the requests in flight, ``drain_timeout`` at most, because QEMU's main thread waits for the
-answer. Memory is mapped in trio, because that may take long, and handed to the lane as a whole.
+answer. Memory is mapped in trio, because that may take long, and handed to the lane as a whole. Another thread unmaps
+it: that takes time for what was touched, and neither lane nor loop should wait.
 """
 
 from __future__ import annotations
@@ -133,7 +134,10 @@ class Messages:
         if not await self._host.lane.run(lambda: backend.begin_stop(index, drained.from_any_thread)):
             with trio.move_on_after(self._host.drain_timeout):
                 await drained.wait(1)
-        return await self._host.lane.run(lambda: backend.finish_stop(index))
+        base = await self._host.lane.run(lambda: backend.finish_stop(index))
+        if backend.has_old_memory:
+            await trio.to_thread.run_sync(backend.release_memory)
+        return base
 
     # -- memory
 
@@ -141,6 +145,7 @@ class Messages:
         backend = self._backend
         table = _new_table(backend.memory, event)
         await self._host.lane.run(lambda: backend.set_memory(table))
+        await trio.to_thread.run_sync(backend.release_memory)
 
     def _offer_inflight(self, event: events.GetInflightFd) -> None:
         """Make a region for the record of requests in flight, which the front end keeps and hands back with rings."""

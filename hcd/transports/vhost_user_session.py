@@ -187,6 +187,7 @@ class Session:
             if self._backend is not None:
                 await self._drain(self._backend)
                 await host.lane.run(self._backend.close)
+                await trio.to_thread.run_sync(self._backend.release_memory)
                 await host.lane.run(self._path.give_up)
         finally:
             self._keeping.stop(leave=host.leaving and not self._gone)
