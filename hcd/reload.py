@@ -45,7 +45,7 @@ class Reloader:
         notifier: Notifier,
         sessions: trio.Nursery,
     ) -> None:
-        self.config = config
+        self.config = self._started_with = config
         self.last: Outcome | None = None
         self._load = load
         self._supervisor = supervisor
@@ -87,7 +87,7 @@ class Reloader:
         notes = [
             f"{name} has changed; that takes effect at the next restart"
             for name, key in FIXED
-            if getattr(config, key) != getattr(self.config, key)
+            if getattr(config, key) != getattr(self._started_with, key)
         ]
         self.config = config
         return plan, notes

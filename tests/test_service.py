@@ -312,7 +312,7 @@ BAD = {
     "is not valid TOML": "nonsense",
     '[[device]] "new" bus: expected one of pci, mmio, ccw': '{old}{new}bus = "isa"\n',
     'device "new" (lamp): no bulb': "{old}{new}options.fault = 'operator'\n",
-    'device "new" (lamp): open() raised KeyError': "{old}{new}options.fault = 'defect'\n",
+    "open() raised KeyError: 'bulb'": "{old}{new}options.fault = 'defect'\n",
     "in-the-way.sock: it exists and is not a socket": "{old}{way}",
 }
 
@@ -411,8 +411,15 @@ def test_what_only_a_restart_changes_is_said(start: Start, short_dir: Path) -> N
     hcd.hangup()
     hcd.process.until(r"\[daemon\] metrics has changed; that takes effect at the next restart")
     hcd.process.until("reloaded: 0 unchanged; adjusted desk")
+    hcd.hangup()
+    hcd.process.until(r"\[daemon\] metrics has changed; that takes effect at the next restart")
+    hcd.process.until("reloaded: 1 unchanged")
+    write(short_dir)
+    hcd.hangup()
+    hcd.process.until("reloaded: 0 unchanged; adjusted desk")
     _, log = hcd.process.end(signal.SIGTERM)
     assert "poll_us" not in log
+    assert log.count("metrics has changed") == 2, "it is again what it was when hcd started"
 
 
 def spec(name: str, path: str = "", **options: int) -> DeviceSpec:
