@@ -8,6 +8,7 @@ vhost-user.rst, "Backend program conventions".
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import json
 import os
@@ -53,17 +54,21 @@ def main(argv: Sequence[str]) -> int:
             return _tool(argv[0], argv[1:])
         arguments = _parser().parse_args(argv)
         run: Callable[[argparse.Namespace], int] = arguments.run
-        return run(arguments)
+        status = run(arguments)
+        sys.stdout.flush()
+        return status
     except SystemExit as exc:  # argparse
         return exc.code if isinstance(exc.code, int) else EX_USAGE
     except HcdError as exc:
         return _fail(exc, EX_FAILED)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
+    except OSError as exc:
+        if exc.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
         # the flush at exit must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EX_FAILED
+        return EX_FAILED if exc.errno == errno.EPIPE else _fail(f"cannot write: {exc.strerror}", EX_FAILED)
 
 
 def _fail(problem: object, status: int) -> int:

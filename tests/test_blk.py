@@ -564,4 +564,4 @@ def test_a_busy_lock_is_waited_for(start: Start, path: Path, monkeypatch: pytest
         assert start(blk_file=str(path)).status(OUT, 0, bytes(SECTOR)) == OK
     finally:
         logger.removeHandler(handler)
-    assert lines == [f"blk-file {path} is in use by another process; waiting up to 10 s for it"]
+    assert lines == [f"blk-file {path} is in use by another process or device; waiting up to 10 s for it"]

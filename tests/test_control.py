@@ -261,6 +261,37 @@ def test_top_on_a_terminal_ends_with_q_and_leaves_it_as_it_was(daemon: HcdProces
     os.close(theirs)
 
 
+def test_top_has_no_line_that_goes_on_in_the_next_one(daemon: HcdProcess, control: Path) -> None:
+    import pty
+    import termios
+
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 30))
+    words = [sys.executable, "-m", "hcd", "top", "--interval", "60", "--control", str(control)]
+    with subprocess.Popen(words, stdin=theirs, stdout=theirs) as top:
+        seen = b""
+        while b"rng0" not in seen:
+            seen += os.read(ours, 4096)
+        os.write(ours, b"q")
+        while b"\x1b[?1049l" not in seen:
+            seen += os.read(ours, 4096)
+        assert top.wait(30) == 0
+    os.close(ours)
+    os.close(theirs)
+    lines = re.sub(rb"\x1b\[[?0-9]*[A-Za-z]", b"", seen).split(b"\r\n")
+    assert max(len(line.rstrip(b"\r")) for line in lines) == 30
+
+
+@pytest.mark.parametrize("words", [("status",), ("doorbells", "--json")], ids=" ".join)
+def test_output_that_cannot_be_written_is_said(
+    daemon: HcdProcess, control: Path, words: tuple[str, ...]
+) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "hcd", *words, "--control", str(control)]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (1, "hcd: cannot write: No space left on device\n")
+
+
 # -- nobody there, or not for us
 
 

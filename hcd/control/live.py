@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from hcd.control.client import NoDaemonError, connect, take_snapshot
-from hcd.views.text import printable
+from hcd.views.text import cut, printable
 from hcd.views.top import top
 from hcd.views.trace import trace_line
 
@@ -99,11 +99,21 @@ def _screen(on_terminal: bool) -> Iterator[int]:
 
 def _show(lines: list[str], on_terminal: bool) -> None:
     if on_terminal:
+        lines = _fit(lines)
         sys.stdout.write(_HOME + "".join(f"{line}{_CLEAR_LINE}\r\n" for line in lines[:-1]))
         sys.stdout.write(f"{lines[-1]}{_CLEAR_LINE}{_CLEAR_REST}")
     else:
         sys.stdout.write("\n".join([*lines, "", ""]))
     sys.stdout.flush()
+
+
+def _fit(lines: list[str]) -> list[str]:
+    """What the terminal has columns for: a line that goes on in the next one pushes the frame off the screen."""
+    try:
+        columns = os.get_terminal_size(sys.stdout.fileno()).columns
+    except OSError:
+        return lines
+    return [cut(line, columns) for line in lines] if columns else lines
 
 
 def _room(on_terminal: bool) -> int | None:

@@ -95,10 +95,10 @@ def _lock(fd: int, what: str, kind: int, log: Log, patience: float) -> None:
             log.warning("%s: its file system has no locks; nothing keeps others from writing to it", what)
             return
         if not waiting and patience:
-            log.warning("%s is in use by another process; waiting up to %g s for it", what, patience)
+            log.warning("%s is in use by another process or device; waiting up to %g s for it", what, patience)
             waiting = True
         if time.monotonic() >= deadline:
-            raise ConfigError(f"{what}: in use by another process")
+            raise ConfigError(f"{what}: in use by another process or device")
         time.sleep(LOCK_POLL)
 
 
