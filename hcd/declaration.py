@@ -13,7 +13,10 @@ from hcd import instruments
 from hcd import options as opt
 from hcd.device import API_VERSION, Device, DeviceBase, DoorbellDevice, Option
 
-__all__ = ["MAX_CONFIG", "RESERVED", "config_fault", "faults", "faults_when_open", "unusable", "unusable_when_open"]
+__all__ = [
+    "MAX_CONFIG", "NOT_INITIALISED", "RESERVED", "config_fault", "faults", "faults_when_open", "initialised",
+    "unusable", "unusable_when_open",
+]
 
 #: bits that belong to device types (virtio 1.3, 2.2): 0 to 23, and from 50 on
 DEVICE_BITS = (1 << 24) - 1 | ~((1 << 50) - 1) & (1 << 64) - 1
@@ -106,6 +109,13 @@ def faults(cls: type[DeviceBase]) -> Iterator[str]:
 
 # -- the device, once it is open
 
+NOT_INITIALISED = "its __init__() does not call super().__init__(name, options)"
+
+
+def initialised(device: DeviceBase) -> bool:
+    """Whether the base class had its part in making the device. Else /metrics would fail for all devices."""
+    return isinstance(getattr(device, "instruments", None), instruments.Instruments)
+
 
 def unusable_when_open(device: Device) -> Iterator[str]:
     """Why nobody can be served."""
@@ -134,6 +144,8 @@ def config_fault(config: object, size: int | None = None) -> str:
 
 def faults_when_open(device: Device | DoorbellDevice) -> Iterator[str]:
     """What is wrong with what the device says of itself after ``open``."""
+    if not initialised(device):
+        yield NOT_INITIALISED
     if isinstance(device, DoorbellDevice):
         names: tuple[str, ...] = ("doorbells", "interrupts", "memory_size", "memory_wanted")
     else:

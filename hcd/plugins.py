@@ -20,7 +20,6 @@ from hcd import declaration
 from hcd import options as opt
 from hcd.device import Device, DeviceBase, DoorbellDevice
 from hcd.errors import ConfigError, PluginError, shown
-from hcd.instruments import Instruments
 
 __all__ = ["GROUP", "create", "distribution", "load", "names", "origin"]
 
@@ -78,8 +77,8 @@ def create(type_name: str, name: str, options: Mapping[str, Any]) -> DeviceBase:
         raise
     except BaseException as exc:
         raise _refused(_entry(type_name), f"cannot be made: {shown(exc)}") from exc
-    if not isinstance(getattr(made, "instruments", None), Instruments):
-        raise _refused(_entry(type_name), "its __init__() does not call super().__init__(name, options)")
+    if not declaration.initialised(made):
+        raise _refused(_entry(type_name), declaration.NOT_INITIALISED)
     return made
 
 

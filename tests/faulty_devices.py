@@ -359,6 +359,31 @@ class ConfigGrows(Shout):
         self.volume = 0
 
 
+class NotInitialised(Shout):
+    """Forgets its base class."""
+
+    BREAKS = "declaration"
+
+    def __init__(self, name: str, options: Mapping[str, Any]) -> None:
+        self.volume = 5
+
+
+class ConfigShrinks(Shout):
+    """Loses what lies behind a write, until somebody writes that too."""
+
+    BREAKS = "config"
+
+    def __init__(self, name: str, options: Mapping[str, Any]) -> None:
+        super().__init__(name, options)
+        self.registers = bytearray(4)
+
+    def config(self) -> bytes:
+        return bytes(self.registers)
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        self.registers[offset:] = data
+
+
 class ConfigIsText(Shout):
     """Returns text."""
 
@@ -397,6 +422,6 @@ class OddDefault(Shout):
 GOOD = (Shout, AsyncShout, LaterShout, Careful)
 FAULTY = (
     Forgetful, Twice, Sleepy, Boaster, Overflowing, Framed, Mixed, Trusting, SplitOnly, FirstQueueOnly, Blocking,
-    Clinging, LeakyConnect, LeakyClose, OneLife, ConnectsOnce, StartsOnce, ConfigRaises, ConfigGrows, ConfigIsText,
-    AsyncOpen, RingFeatures, OddDefault,
+    Clinging, LeakyConnect, LeakyClose, OneLife, ConnectsOnce, StartsOnce, ConfigRaises, ConfigGrows, ConfigShrinks,
+    ConfigIsText, NotInitialised, AsyncOpen, RingFeatures, OddDefault,
 )

@@ -216,24 +216,25 @@ def config(run: Run) -> None:
     for value in (0xFF, 0):
         for offset in range(size):
             run.step = f"writing {value:#x} to byte {offset} of the configuration space"
-            _write_config(driver, offset, bytes([value]))
+            _write_config(run, offset, bytes([value]))
     run.step = "writing the configuration space as it was"
     for offset in range(size):
-        _write_config(driver, offset, whole[offset : offset + 1])
-    _write_config(driver, 0, whole)
-    now = run.served.run(run.device.config)
-    if len(now) != size:
-        raise Broken(f"config() returns {len(now)} bytes after writes, before them {size}: it must not change its size")
+        _write_config(run, offset, whole[offset : offset + 1])
+    _write_config(run, 0, whole)
     run.step = "after writes to the configuration space"
     run.work_once()
 
 
-def _write_config(driver: Driver, offset: int, data: bytes) -> None:
-    """A device may refuse a write, but not end the connection."""
+def _write_config(run: Run, offset: int, data: bytes) -> None:
+    """A device may refuse a write, but not end the connection, nor have another size after it."""
+    driver, host = run.driver, run.served.host
+    size = len(host.device.config())
     try:
         driver.write_config(offset, data)
     except BackendError:
         driver.sync()
+    if not run.served.run(lambda: host.read_config(size)):
+        raise Broken(f"{run.step}: config() does not return its {size} bytes any more; it must not change its size")
 
 
 def framing(run: Run) -> None:
