@@ -387,4 +387,3 @@ def test_nor_does_a_session_that_another_process_began(daemon: Daemon, number: s
     fresh = daemon.holds()
     assert not (growth := after.growth_since(fresh)), growth
     assert not (growth := daemon.growth_since(after)), growth
-    assert not [line for line in after.resources.memory_files if "hcd-state" not in line], "guest memory is mapped"
