@@ -559,10 +559,10 @@ def test_a_descriptor_that_cannot_write_fails_the_write(images: Images) -> None:
 
 
 def test_a_short_write_is_continued_and_its_cause_reported(images: Images) -> None:
-    path = images.file()
+    path = images.file(b"")
+    os.truncate(path, 1 << 20)
     disk = images.disk(path)
-    with path.open("r+b") as file:  # out of the page cache: what it holds is written by a copy, not by pwrite
-        os.fsync(file.fileno())
+    with path.open("r+b") as file:  # a hole out of the page cache: what it holds is written by a copy, not by pwrite
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10000, hard))

@@ -33,6 +33,10 @@ socket = "{dir}/disk.sock"
 blk-file = "{dir}/disk.img"
 """
 
+#: every fourth request takes a moment, whatever the image lies on
+SLOW = 'wrap = [{ error = { pattern = "...d", delay-ms = 1 } }]'
+SLOW_DISK = DISK.replace("[device.options]", f"{SLOW}\n[device.options]")
+
 HUB = """
 [[device]]
 name = "left"
@@ -122,15 +126,15 @@ def test_killed_with_a_full_queue(packed: bool, short_dir: Path, start_hcd: Star
     """Ten times, in the middle of 32 writes that are in flight: all complete, once, without an error."""
     image = short_dir / "disk.img"
     image.write_bytes(bytes(BLOCK * BLOCKS))
-    hcd = start_hcd(DISK)
-    # A driver that knows no flush has each write synchronised, so they take their time.
+    hcd = start_hcd(SLOW_DISK)
+    # A driver that knows no flush has each write synchronised, so they take their time, and a moment more in any case.
     with Frontend.open(short_dir / "disk.sock", packed=packed, inflight=True, device=0, timeout=20) as frontend:
         writer = Writer(frontend, seed=packed)
         recovered = 0
         for _ in range(10):
             writer.write_until_hangup(200, hcd.kill)
             writer.check_image(image.read_bytes())
-            hcd = start_hcd(DISK)
+            hcd = start_hcd(SLOW_DISK)
             frontend.reconnect()
             writer.finish()
             writer.check_image(image.read_bytes())

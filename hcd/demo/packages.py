@@ -168,6 +168,8 @@ class Apt:
             f'Dir::Etc::preferencesparts "{directory}/parts";\n'
             "#clear APT::Update::Post-Invoke;\n#clear APT::Update::Post-Invoke-Success;\n"
             'Acquire::Languages "none";\nAPT::Sandbox::User "root";\n'
+            # A mirror that is behind, or a clock that is ahead, has the packages all the same, and they are signed.
+            'Acquire::Check-Valid-Until "false";\n'
         )
         self._archives = directory / "cache" / "archives"
         # APT_CONFIG is read before apt.conf.d, command-line options after it: the host must not win.
