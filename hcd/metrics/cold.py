@@ -6,6 +6,7 @@ import operator
 import platform
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -13,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from hcd.doorbell import Doorbell, PathSource
-from hcd.lab.results import load_saved
+from hcd.lab.results import load_saved, saved_candidates
 from hcd.metrics.names import BY_NAME
 from hcd.metrics.own import Counting, OwnCollector
 from hcd.version import VERSION
@@ -62,11 +63,12 @@ Samples = tuple[Labels, Sequence[float]]
 
 
 class ColdCollector(Collector):
-    """Reads hosts and doorbells at each scrape; keeps nothing itself."""
+    """Reads hosts and doorbells at each scrape; keeps nothing of them."""
 
     def __init__(self, hosts: Collection[HostView], doorbells: Iterable[Doorbell]) -> None:
         self._hosts = hosts
         self._doorbells = doorbells
+        self._path_costs = _PathCosts()
 
     def collect(self) -> Iterator[Metric]:
         return (_family(name, samples) for name, samples in self.samples())
@@ -86,9 +88,7 @@ class ColdCollector(Collector):
         yield "hcd_slow_steps_total", self._per_host(names, lambda host: host.slow_steps)
         yield "hcd_stuck_requests", self._per_host(names, lambda host: host.stuck_requests)
         yield "hcd_path_conflicts", self._per_host(names, lambda host: host.path_conflict)
-        # Read at each scrape: the experiment may run beside a daemon.
-        costs = sorted(load_saved().items())
-        yield "hcd_path_cost_seconds", ([labels for labels, _ in costs], [seconds for _, seconds in costs])
+        yield "hcd_path_cost_seconds", self._path_costs.samples()
         yield "hcd_build_info", ([(VERSION, _PYTHON)], [1])
 
     def _handovers(self) -> Samples:
@@ -138,6 +138,30 @@ class _ProcessText:
         if now - self._made >= PROCESS_AGE:
             self._text, self._made = generate_latest(self._registry), now
         return self._text
+
+
+class _PathCosts:
+    """What the last ``hcd lab`` found, which may run beside this daemon; read when its file is another one."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[int, int, int]] | None = None
+        self._samples: Samples = [], []
+
+    def samples(self) -> Samples:
+        seen = [_file_id(path) for path in saved_candidates()]
+        if seen != self._seen:
+            costs = sorted(load_saved().items())
+            self._samples = [labels for labels, _ in costs], [seconds for _, seconds in costs]
+            self._seen = seen
+        return self._samples
+
+
+def _file_id(path: Path) -> tuple[int, int, int]:
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0, 0
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 class _One(CollectorRegistry):
