@@ -60,6 +60,16 @@ class Doorbell:
     registered: bool | None = None
     stats: DoorbellStats = field(default_factory=DoorbellStats)
     on_change: Callable[[Doorbell], None] | None = None
+    #: the labels of its hcd_doorbell_info, kept because a scrape reads those of hundreds
+    info: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self._tell()
+
+    def set_address(self, address: str) -> None:
+        """Where it is, as logs and metrics show it; "" when that is not known."""
+        self.address = address
+        self._tell()
 
     def await_path(self) -> None:
         """Somebody is being asked for the path: count aside until :meth:`set_path`."""
@@ -72,16 +82,21 @@ class Doorbell:
         """The path is known now; returns whether anything changed."""
         if kind is not None:
             self.kind = kind
+            self._tell()
         if not self.pending and path is self.path and source is self.source and path in self.by_path:
             return False
         aside = self.stats if self.pending else None
         self.pending = False
         self.path, self.source = path, source
+        self._tell()
         target = self.by_path.setdefault(path, DoorbellStats())
         self._switch(target)
         if aside is not None:
             target.merge(aside)
         return True
+
+    def _tell(self) -> None:
+        self.info = (self.device, self.queue, self.path, self.source, self.kind, self.transport, self.address)
 
     def _switch(self, stats: DoorbellStats) -> None:
         self.stats = stats

@@ -149,7 +149,7 @@ class DoorbellHost(HostBase):
     def _add(self, made: HostedDoorbell) -> None:
         item, doorbell = made.item, made.doorbell
         self.doorbells[item.name] = made
-        doorbell.address = str(item)
+        doorbell.set_address(str(item))
         known = _path(item.place) in doorbell.by_path
         doorbell.set_path(_path(item.place), PathSource.REGISTERED, kind=_kind(item))
         if not known:

@@ -428,7 +428,7 @@ class DeviceHost(HostBase):
     def set_place(self, place: Place | None) -> None:
         """Where the doorbells are; None: not known."""
         for queue, doorbell in enumerate(self.doorbells):
-            doorbell.address = place.of(queue) if place else ""
+            doorbell.set_address(place.of(queue) if place else "")
 
     def set_path(self, path: Path, source: PathSource, kind: str | None = None, place: Place | None = None) -> None:
         """Every doorbell of the device rings over ``path``, at ``place`` if that is known."""

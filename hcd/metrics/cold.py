@@ -77,7 +77,7 @@ class ColdCollector(Collector):
         """Every family with what it says now."""
         bells = list(self._doorbells)
         names = [(host.spec.name,) for host in self._hosts]
-        yield "hcd_doorbell_info", (list(map(_INFO_LABELS, bells)), [1] * len(bells))
+        yield "hcd_doorbell_info", (list(map(_INFO, bells)), [1] * len(bells))
         yield "hcd_doorbell_registered", _registered(bells)
         yield "hcd_connected", self._per_host(names, lambda host: host.connected)
         yield "hcd_handovers_total", self._handovers()
@@ -187,7 +187,7 @@ class Renderer:
 
 
 _PYTHON = platform.python_version()
-_INFO_LABELS: Callable[[Doorbell], tuple[str, ...]] = operator.attrgetter(*BY_NAME["hcd_doorbell_info"].labels)
+_INFO: Callable[[Doorbell], tuple[str, ...]] = operator.attrgetter("info")
 
 
 def _registered(bells: Iterable[Doorbell]) -> Samples:
