@@ -8,6 +8,7 @@ device --fd``. SIGHUP reads the configuration again (:mod:`hcd.reload`).
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import socket
@@ -34,7 +35,7 @@ from hcd.handover.fdstore import FdStore
 from hcd.handover.recovery import recover
 from hcd.lanes import Lanes, open_lanes
 from hcd.metrics import cold, server
-from hcd.reload import Reloader, settle_heap
+from hcd.reload import Reloader
 from hcd.supervisor import CLOSE_TIMEOUT, Supervisor, keep_up
 from hcd.systemd import Inherited, Notifier
 
@@ -142,6 +143,9 @@ async def _serve_all(daemon: _Daemon, stack: AsyncExitStack) -> None:
     try:
         inherited = systemd.take_listen_fds()
         stored = [one for one in inherited if one.name.startswith(fdstore.PREFIX)]
+        # Modules and the configuration stay: no collection needs to walk them again. Devices come and go.
+        gc.collect()
+        gc.freeze()
         given = activation.adopt(daemon.config, [one for one in inherited if one not in stored])
         stack.callback(given.close)
         supervisor = await _open_devices(daemon, stack, lanes, given, stored)
@@ -151,7 +155,6 @@ async def _serve_all(daemon: _Daemon, stack: AsyncExitStack) -> None:
         daemon.failure = exc  # not raised here: it would leave the nurseries above as a group
         daemon.notifier.status(f"cannot start: {exc}")
         return
-    settle_heap()
     _log.info("ready: %s", ", ".join(host.spec.name for host in supervisor.hosts))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(watch.report_status, daemon.notifier, supervisor)

@@ -16,7 +16,7 @@ from hcd.errors import HcdError
 from hcd.supervisor import Plan, Supervisor
 from hcd.systemd import Notifier
 
-__all__ = ["FIXED", "Outcome", "Reloader", "settle_heap"]
+__all__ = ["FIXED", "Outcome", "Reloader"]
 
 #: what only a restart changes
 FIXED = (("[daemon] metrics", "metrics"), ("[control]", "control"))
@@ -62,7 +62,9 @@ class Reloader:
         async with self._one_at_a_time:
             self._notifier.reloading()
             self.last = outcome = await self._try()
-            settle_heap()
+            # Devices that are gone: their parts refer to each other. What was there before the first device is frozen
+            # (hcd.daemon), so this walks the devices alone; it holds up the handlers meanwhile.
+            gc.collect()
             self._notifier.ready(watch.describe(self._supervisor.hosts))
         return outcome
 
@@ -91,11 +93,3 @@ class Reloader:
         ]
         self.config = config
         return plan, notes
-
-
-def settle_heap() -> None:
-    """Devices have come and gone: collect those that are gone, whose parts refer to each other; what is left stays, and
-    no collection needs to walk it again. Takes 5 ms."""
-    gc.unfreeze()
-    gc.collect()
-    gc.freeze()
