@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from hcd_protocols.virtio.net import header_size
+from tables import table
 
 from hcd import cli
 from hcd.bench import backends, blk, cases, compare, extra, net, results
@@ -30,34 +31,9 @@ from hcd.frontend.net import NET_FEATURES, NetDriver
 pytestmark = pytest.mark.long
 
 
-DISK = """
-[[device]]
-name = "disk"
-type = "blk"
-socket = "{dir}/disk.sock"
-options = { ram = "2M", num-queues = 2 }
-"""
-READ_ONLY = """
-[[device]]
-name = "disk"
-type = "blk"
-socket = "{dir}/disk.sock"
-options = { blk-file = "{dir}/image", read-only = true }
-"""
-CARDS = """
-[[device]]
-name = "a"
-type = "net"
-socket = "{dir}/a.sock"
-[[device]]
-name = "b"
-type = "net"
-socket = "{dir}/b.sock"
-[[device]]
-name = "c"
-type = "net"
-socket = "{dir}/c.sock"
-"""
+DISK = table("disk", "blk", ram="2M", num_queues=2)
+READ_ONLY = table("disk", "blk", blk_file="{dir}/image", read_only=True)
+CARDS = table("a", "net") + table("b", "net") + table("c", "net")
 SHORT = 0.05
 BLK_FIELDS = {
     "requests", "seconds", "per_second", "p50", "p99", "p999", "kicks_per_request", "calls_per_request", "errors",
@@ -125,7 +101,7 @@ def test_the_back_end_counts_as_many_requests_as_the_load(start_hcd: StartHcd, s
 def test_verify_finds_a_byte_that_was_changed(start_hcd: StartHcd, short_dir: Path) -> None:
     image = short_dir / "image"
     image.write_bytes(bytes(1 << 20))
-    start_hcd(READ_ONLY.replace(", read-only = true", ""))
+    start_hcd(table("disk", "blk", blk_file="{dir}/image"))
     with Frontend.open(f"{short_dir}/disk.sock", size=128, device=int(BLOCK_FEATURES)) as frontend:
         load = BlkLoad([frontend.queues[0]], 16, 4096, 1 << 20, READ, False, True)
         load.sweep(WRITE_ALL)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import skip_or_fail
+from tables import table
 
 from hcd.demo import own_frontend
 from hcd.demo.hcd_process import Metrics
@@ -20,28 +21,13 @@ ROOT = Path(__file__).parent.parent
 UNIT = ROOT / "systemd" / "hcd.service"
 CONFINE = Path(__file__).parent / "confine.py"
 
-CONFIG = """
-[daemon]
-metrics = "unix:{dir}/metrics.sock"
-[[device]]
-name = "disk"
-type = "blk"
-socket = "{dir}/disk.sock"
-path = "direct"
-options.blk-file = "{dir}/disk.raw"
-[[device]]
-name = "rng"
-type = "rng"
-socket = "{dir}/rng.sock"
-[[device]]
-name = "net0"
-type = "net"
-socket = "{dir}/net0.sock"
-[[device]]
-name = "net1"
-type = "net"
-socket = "{dir}/net1.sock"
-"""
+CONFIG = "".join([
+    '[daemon]\nmetrics = "unix:{dir}/metrics.sock"\n\n',
+    table("disk", "blk", 'path = "direct"', blk_file="{dir}/disk.raw"),
+    table("rng", "rng"),
+    table("net0", "net"),
+    table("net1", "net"),
+])
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from lamps import Process, write
+from tables import table
 
 from hcd.control import settings
 from hcd.control.client import Client, NoDaemonError, connect
@@ -33,16 +34,8 @@ pytestmark = pytest.mark.long
 
 Start = Callable[..., HcdProcess]
 
-DISK = """
-[[device]]
-name = "disk0"
-type = "blk"
-socket = "{dir}/disk0.sock"
-path = "direct"
-[device.options]
-blk-file = "{dir}/image"
-"""
-RNG = '\n[[device]]\nname = "rng0"\ntype = "rng"\nsocket = "{dir}/rng0.sock"\n'
+DISK = table("disk0", "blk", 'path = "direct"', blk_file="{dir}/image")
+RNG = table("rng0", "rng")
 MIB = 1 << 20
 
 
@@ -240,44 +233,35 @@ def test_top_into_a_pipe_goes_on_through_a_restart(
     assert "\x1b" not in rest
 
 
-def test_top_on_a_terminal_ends_with_q_and_leaves_it_as_it_was(daemon: HcdProcess, control: Path) -> None:
+def top_on_a_terminal(control: Path, keys: bytes, size: tuple[int, int] = (0, 0)) -> bytes:
+    """Start it, see the devices, press ``keys``: it ends and leaves the terminal as it was. What it wrote."""
     import pty
     import termios
 
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, size)
     before = termios.tcgetattr(theirs)
     words = [sys.executable, "-m", "hcd", "top", "--interval", "60", "--control", str(control)]
     with subprocess.Popen(words, stdin=theirs, stdout=theirs) as top:
         seen = b""
         while b"rng0" not in seen:
             seen += os.read(ours, 4096)
-        os.write(ours, b"xq")
+        os.write(ours, keys)
         while b"\x1b[?1049l" not in seen:
             seen += os.read(ours, 4096)
         assert top.wait(30) == 0
-    assert b"\x1b[?1049h" in seen
     assert termios.tcgetattr(theirs) == before
     os.close(ours)
     os.close(theirs)
+    return seen
+
+
+def test_top_on_a_terminal_ends_with_q_and_leaves_it_as_it_was(daemon: HcdProcess, control: Path) -> None:
+    assert b"\x1b[?1049h" in top_on_a_terminal(control, b"xq")
 
 
 def test_top_has_no_line_that_goes_on_in_the_next_one(daemon: HcdProcess, control: Path) -> None:
-    import pty
-    import termios
-
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 30))
-    words = [sys.executable, "-m", "hcd", "top", "--interval", "60", "--control", str(control)]
-    with subprocess.Popen(words, stdin=theirs, stdout=theirs) as top:
-        seen = b""
-        while b"rng0" not in seen:
-            seen += os.read(ours, 4096)
-        os.write(ours, b"q")
-        while b"\x1b[?1049l" not in seen:
-            seen += os.read(ours, 4096)
-        assert top.wait(30) == 0
-    os.close(ours)
-    os.close(theirs)
+    seen = top_on_a_terminal(control, b"q", size=(24, 30))
     lines = re.sub(rb"\x1b\[[?0-9]*[A-Za-z]", b"", seen).split(b"\r\n")
     assert max(len(line.rstrip(b"\r")) for line in lines) == 30
 
@@ -508,8 +492,7 @@ def test_an_image_that_was_cut_short_is_not_made_official(daemon: HcdProcess, co
 
 
 def test_memory_grows_too(start_hcd: Start, short_dir: Path, control: Path) -> None:
-    table = DISK.replace('blk-file = "{dir}/image"', "ram = 1048576")
-    start_hcd(table, daemon=f'[control]\npath = "{control}"')
+    start_hcd(table("disk0", "blk", 'path = "direct"', ram=MIB), daemon=f'[control]\npath = "{control}"')
     with Frontend.open(short_dir / "disk0.sock") as frontend:
         driver = BlockDriver(frontend.memory, frontend.queues[0])
         driver.write(8, b"kept" * 128)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tables import table
 
 from hcd import cli
 from hcd.config import Address, DeviceSpec
@@ -24,20 +25,7 @@ from hcd.doctor.access import Account
 from hcd.doctor.command_line import front_of, parse
 from hcd.doctor.findings import Finding, Severity
 
-DEVICES = """
-[[device]]
-name = "rng0"
-type = "rng"
-socket = "{dir}/rng0.sock"
-qmp = "{dir}/qmp.sock"
-
-[[device]]
-name = "disk0"
-type = "blk"
-socket = "{dir}/disk0.sock"
-[device.options]
-ram = "16M"
-"""
+DEVICES = table("rng0", "rng", 'qmp = "{dir}/qmp.sock"') + table("disk0", "blk", ram="16M")
 SHARED = ["-m", "64M", "-object", "memory-backend-memfd,id=ram,size=64M,share=on", "-machine", "memory-backend=ram"]
 NOBODY = Account("guest", 54321, frozenset({54321}))
 Ask = Callable[..., tuple[int, dict[str, Finding]]]

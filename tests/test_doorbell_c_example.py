@@ -9,21 +9,13 @@ from pathlib import Path
 
 import pytest
 from conftest import skip_or_fail
+from tables import table
 
 from hcd.demo.hcd_process import HcdProcess, Resources
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "docs" / "examples"
 
-ECHO = """
-[[device]]
-name = "echo"
-type = "echo"
-socket = "{dir}/echo.sock"
-[device.options]
-ports = "0x510"
-gpas = "0xd0000=0x1234"
-stamps = true
-"""
+ECHO = table("echo", "echo", ports="0x510", gpas="0xd0000=0x1234", stamps=True)
 
 
 @pytest.fixture

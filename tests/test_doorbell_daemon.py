@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from hcd_protocols.doorbell import TableComplete
+from tables import table
 
 from hcd.demo.hcd_process import HcdProcess, Resources
 from hcd.testing.vmm import Gone, Vmm
@@ -18,17 +19,9 @@ from hcd.testing.vmm import Gone, Vmm
 Start = Callable[..., HcdProcess]
 Settled = Callable[[HcdProcess, Resources], None]
 
-NULLIO = """
-[[device]]
-name = "count"
-type = "nullio"
-socket = "{dir}/count.sock"
-[device.options]
-ports = "0x510/2=7"
-gpas = "0xfee00000"
-any-gpas = "0xfee01000"
-connections = "32"
-"""
+NULLIO = table(
+    "count", "nullio", ports="0x510/2=7", gpas="0xfee00000", any_gpas="0xfee01000", connections="32"
+)
 
 
 def rings(hcd: HcdProcess, queue: str) -> float:

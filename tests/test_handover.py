@@ -16,6 +16,7 @@ import pytest
 from hcd_protocols.vhost_user import BackendRequest
 from hcd_protocols.virtio.blk import RequestType
 from manager import Manager
+from tables import table
 
 from hcd.demo.hcd_process import Metrics, fetch
 from hcd.frontend.blk import BlockDriver, BlockRequest
@@ -33,32 +34,8 @@ metrics = "unix:{dir}/metrics.sock"
 [control]
 path = "{dir}/control.sock"
 
-[[device]]
-name = "disk:0"
-type = "blk"
-socket = "{dir}/disk.sock"
-[device.options]
-blk-file = "{dir}/disk.img"
-"""
-
-OTHERS = """
-[[device]]
-name = "net0"
-type = "net"
-socket = "{dir}/net0.sock"
-[device.options]
-mac = "52:54:00:00:00:01"
-
-[[device]]
-name = "net1"
-type = "net"
-socket = "{dir}/net1.sock"
-
-[[device]]
-name = "rng"
-type = "rng"
-socket = "{dir}/rng.sock"
-"""
+""" + table("disk:0", "blk", socket="{dir}/disk.sock", blk_file="{dir}/disk.img")
+OTHERS = table("net0", "net", mac="52:54:00:00:00:01") + table("net1", "net") + table("rng", "rng")
 
 NOTHING_DROPPED: dict[str, list[str]] = {"duplicate": [], "full": [], "hung up": []}
 SIGNALS = [signal.SIGTERM, signal.SIGKILL]

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from hcd_protocols.virtio.blk import SECTOR_SIZE, RequestType
+from tables import table
 
 from hcd.demo.hcd_process import HcdProcess
 from hcd.frontend.blk import BlockDriver, BlockRequest
@@ -24,30 +25,13 @@ pytestmark = pytest.mark.long
 
 Start = Callable[..., HcdProcess]
 
-DISK = """
-[[device]]
-name = "disk"
-type = "blk"
-socket = "{dir}/disk.sock"
-[device.options]
-blk-file = "{dir}/disk.img"
-"""
+DISK = table("disk", "blk", blk_file="{dir}/disk.img")
 
 #: every fourth request takes a moment, whatever the image lies on
 SLOW = 'wrap = [{ error = { pattern = "...d", delay-ms = 1 } }]'
-SLOW_DISK = DISK.replace("[device.options]", f"{SLOW}\n[device.options]")
+SLOW_DISK = table("disk", "blk", SLOW, blk_file="{dir}/disk.img")
 
-HUB = """
-[[device]]
-name = "left"
-type = "net"
-socket = "{dir}/left.sock"
-
-[[device]]
-name = "right"
-type = "net"
-socket = "{dir}/right.sock"
-"""
+HUB = table("left", "net") + table("right", "net")
 
 BLOCK = 4096
 BLOCKS = 256

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tables import table
 
 from hcd import cli
 from hcd.bench import blk
@@ -17,16 +18,7 @@ from hcd.frontend.client import Frontend
 
 pytestmark = pytest.mark.long
 
-DISK = """
-[[device]]
-name = "disk"
-type = "blk"
-socket = "{dir}/disk.sock"
-LIMITS
-[device.options]
-ram = "16M"
-num-queues = 2
-"""
+DISK = table("disk", "blk", "LIMITS", ram="16M", num_queues=2)
 CONTROL = '\n[control]\npath = "{dir}/control.sock"\n'
 SIZE = 4096
 REQUEST = SIZE + 16 + 1

@@ -25,6 +25,7 @@ import pytest
 from hcd_protocols.vhost_user.messages import FRONTEND_REQUESTS, VERSION, RequestSpec, build_message
 from hcd_protocols.virtio.blk import RequestType
 from manager import Manager
+from tables import table
 
 from hcd.demo.hcd_process import Resources, fetch
 from hcd.frontend.blk import BLOCK_FEATURES, BlockDriver, BlockRequest
@@ -43,58 +44,16 @@ OWN = "hcd.log._Window"
 SECTOR = 512
 QUEUES = 2
 
-ALWAYS = """
-[daemon]
-drain_timeout = 0.1
-metrics = "unix:{dir}/metrics.sock"
-
-[[device]]
-name = "disk"
-type = "blk"
-socket = "{dir}/disk.sock"
-[device.options]
-blk-file = "{dir}/disk.img"
-num-queues = 2
-
-[[device]]
-name = "ram"
-type = "blk"
-socket = "{dir}/ram.sock"
-wrap = [{ error = { pattern = ".x" } }]
-[device.options]
-ram = "1M"
-
-[[device]]
-name = "net0"
-type = "net"
-socket = "{dir}/net0.sock"
-
-[[device]]
-name = "net1"
-type = "net"
-socket = "{dir}/net1.sock"
-
-[[device]]
-name = "rng"
-type = "rng"
-socket = "{dir}/rng.sock"
-
-[[device]]
-name = "slow"
-type = "rng"
-socket = "{dir}/slow.sock"
-[device.options]
-max-bytes = 1
-period = 3600000
-
-[[device]]
-name = "bells"
-type = "echo"
-socket = "{dir}/bells.sock"
-[device.options]
-ports = "0x510,0x514"
-stamps = true
-"""
+ALWAYS = "".join([
+    '[daemon]\ndrain_timeout = 0.1\nmetrics = "unix:{dir}/metrics.sock"\n\n',
+    table("disk", "blk", blk_file="{dir}/disk.img", num_queues=2),
+    table("ram", "blk", 'wrap = [{ error = { pattern = ".x" } }]', ram="1M"),
+    table("net0", "net"),
+    table("net1", "net"),
+    table("rng", "rng"),
+    table("slow", "rng", max_bytes=1, period=3_600_000),
+    table("bells", "echo", ports="0x510,0x514", stamps=True),
+])
 
 #: the second generation of each takes the place of the first at a reload
 CHANGING = {

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from hcd_protocols.virtio.features import BlkFeature
 
@@ -63,9 +62,6 @@ class BlkResult:
     mismatches: int
     cpu_per_million: float
     peak_memory: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 def ring_size(case: BlkCase) -> int:

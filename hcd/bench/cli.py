@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from dataclasses import asdict, fields
 from typing import Any
 
 from hcd.bench import blk, net
@@ -35,7 +36,7 @@ def _add_blk(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--span", type=_size, default=0, metavar="BYTES", help="of the disk; default all of it")
     parser.add_argument("--verify", action="store_true", help="write the span first, check what is read; DESTROYS DATA")
     _add_common(parser, 0)
-    parser.set_defaults(case=_blk_case, load=blk.run, table=_blk_table, bad=("errors", "mismatches"))
+    parser.set_defaults(case=blk.BlkCase, load=blk.run, table=_blk_table, bad=("errors", "mismatches"))
 
 
 def _add_net(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +47,7 @@ def _add_net(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=_size, default=64, metavar="BYTES", help="of a frame; default 64")
     parser.add_argument("--verify", action="store_true", help="check every byte of every frame")
     _add_common(parser, 256)
-    parser.set_defaults(case=_net_case, load=net.run, table=_net_table, bad=("wrong",))
+    parser.set_defaults(case=net.NetCase, load=net.run, table=_net_table, bad=("wrong",))
 
 
 def _add_common(parser: argparse.ArgumentParser, ring_size: int) -> None:
@@ -64,14 +65,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Run one load; 0 unless the back end failed requests or changed data."""
     _pin(arguments.pin)
     try:
-        case = arguments.case(arguments)
-        result = arguments.load(case).to_dict()
+        case = arguments.case(**{one.name: getattr(arguments, one.name) for one in fields(arguments.case)})
+        result = asdict(arguments.load(case))
     except (FrontendError, TimeoutError, MemoryError, ValueError) as exc:
         raise HcdError(f"{arguments.socket}: {exc}") from exc
     except HcdError as exc:
         raise HcdError(f"{arguments.socket}: {exc}") from exc
     if arguments.json:
-        print(json.dumps({**_options(case), **_finite(result)}))
+        print(json.dumps({"case": asdict(case), **_finite(result)}))
     else:
         print(arguments.table(result), end="")
     bad = {key: result[key] for key in arguments.bad if result[key]}
@@ -89,24 +90,9 @@ def _pin(cpu: int | None) -> None:
         raise ConfigError(f"--pin {cpu}: {exc.strerror}") from exc
 
 
-def _options(case: Any) -> dict[str, Any]:
-    return {"case": {name: getattr(case, name) for name in type(case).__slots__}}
-
-
 def _finite(result: dict[str, Any]) -> dict[str, Any]:
     """JSON has no nan."""
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in result.items()}
-
-
-# -- cases
-
-
-def _blk_case(given: argparse.Namespace) -> blk.BlkCase:
-    return blk.BlkCase(**{name: getattr(given, name) for name in blk.BlkCase.__slots__})
-
-
-def _net_case(given: argparse.Namespace) -> net.NetCase:
-    return net.NetCase(**{name: getattr(given, name) for name in net.NetCase.__slots__})
 
 
 # -- tables

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 from hcd_protocols.virtio.net import header_size
 
@@ -62,9 +60,6 @@ class NetResult:
     calls_per_frame: float
     cpu_per_million: float
     peak_memory: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 def run(case: NetCase) -> NetResult:

@@ -134,30 +134,39 @@ cdef class QueuePort(Port):
         self.rest = tail(iov, n, <uint64_t>done)
         return SENT
 
-    def send(self, Virtqueue queue not None, int fd, int header=0):
+    cdef int transmit(self, Virtqueue queue, int fd, int header, bint stream) except -1:
+        """Write what ``queue`` has to ``fd``; where a stream is blocked, what is left waits in the queue."""
         cdef Request r
         cdef frame_t f
         cdef int taken = 0, sent
         cdef uint32_t own = header_of(queue.feature_bits)
-        if not 0 <= header <= HEADERS:
-            raise ValueError(f"a header of {header} bytes")
-        while queue.budget > 0:
+        while queue.budget > 0 and self.rest is None:
             r = None
             r = queue.take()
             if r is None:
                 break
-            queue.budget -= 1
-            taken += 1
             r.op = self.tx_op
             if frame_of_request(r, own, &f) != 0:
                 refuse(r)
-                continue
-            sent = LOST
-            try:
-                sent = self.write_frame(fd, &f, header, False)
-            finally:
-                sent_or_lost(r, sent)
+            else:
+                sent = LOST
+                try:
+                    sent = self.write_frame(fd, &f, header, stream)
+                finally:
+                    if sent != BLOCKED:
+                        sent_or_lost(r, sent)
+                if sent == BLOCKED:
+                    queue.unpop(r)
+                    self.rest = b""
+                    break
+            queue.budget -= 1
+            taken += 1
         return taken
+
+    def send(self, Virtqueue queue not None, int fd, int header=0):
+        if not 0 <= header <= HEADERS:
+            raise ValueError(f"a header of {header} bytes")
+        return self.transmit(queue, fd, header, False)
 
     def receive(self, int index, int fd, int header=0, int most=64):
         """Read frames from ``fd`` straight into receive queue ``index``. Returns how many, and whether the guest has
@@ -188,32 +197,7 @@ cdef class QueuePort(Port):
         return self.rest is not None
 
     def send_stream(self, Virtqueue queue not None, int fd):
-        cdef Request r
-        cdef frame_t f
-        cdef int taken = 0, sent
-        cdef uint32_t own = header_of(queue.feature_bits)
-        while queue.budget > 0 and self.rest is None:
-            r = None
-            r = queue.take()
-            if r is None:
-                break
-            r.op = self.tx_op
-            if frame_of_request(r, own, &f) != 0:
-                refuse(r)
-            else:
-                sent = LOST
-                try:
-                    sent = self.write_frame(fd, &f, 4, True)
-                finally:
-                    if sent != BLOCKED:
-                        sent_or_lost(r, sent)
-                if sent == BLOCKED:
-                    queue.unpop(r)
-                    self.rest = b""
-                    break
-            queue.budget -= 1
-            taken += 1
-        return taken
+        return self.transmit(queue, fd, 4, True)
 
     def put_stream(self, frame, int fd):
         cdef Py_buffer view

@@ -60,6 +60,7 @@ cdef class QueuePort(Port):
     cdef int offer(self, const frame_t *f) except -100
     cdef int count_drop(self, Receiver x) except -1
     cdef int write_frame(self, int fd, const frame_t *f, int header, bint stream) except -100
+    cdef int transmit(self, Virtqueue queue, int fd, int header, bint stream) except -1
 
 cdef class FramePort(Port):
     cdef object callback

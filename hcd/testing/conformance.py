@@ -30,7 +30,8 @@ from hcd.frontend.errors import FrontendError
 from hcd.testing import ring_rules, rules
 from hcd.testing.exchanges import Exchange
 from hcd.testing.ring_rules import Ring, RingRun
-from hcd.testing.rules import LAYOUTS, Broken, Run
+from hcd.testing.rules import LAYOUTS, Run
+from hcd.testing.scene import Broken, Scene
 from hcd.testing.serving import DoorbellSource, Served, ServedDevice, ServedDoorbells, Source, make_device, serve
 from hcd.testing.settle import settled_growth
 
@@ -158,19 +159,19 @@ class _Check:
         raise NotImplementedError
 
     def play(
-        self, served: Served, log: _LogWatch, name: str, scene: Callable[[], None], run: Run | RingRun, where: str = ""
+        self, served: Served, log: _LogWatch, name: str, rule: Callable[[Any], None], scene: Scene, where: str = ""
     ) -> None:
         """One rule, and what hcd noticed meanwhile."""
         served.run(served.host.rare_log.flush)
         errors = served.host.handler_errors
         try:
-            scene()
+            rule(scene)
         except Broken as broken:
             self.add(broken.rule or name, str(broken), where)
         except FrontendError as error:
-            self.add(name, f"{run.step}: {error}", where)
+            self.add(name, f"{scene.step}: {error}", where)
         finally:
-            run.close()
+            scene.close()
         served.wait_disconnected()
         self.collect(served, log, name, where, served.host.handler_errors - errors)
 
@@ -200,11 +201,11 @@ class _RequestCheck(_Check):
     def run_rules(self, served: ServedDevice, log: _LogWatch) -> None:
         holding: set[int] = set()  # queues that hold requests until they stop
         layouts = [*LAYOUTS, *(rules.IN_ORDER_LAYOUTS if self.device.in_order else ())]
-        for name in rules.RULES:
+        for name, rule in rules.RULES.items():
             known = len(self.found)
             for layout in layouts[:1] if name in rules.ONCE else layouts:
                 run = Run(served, layout, self.exchanges, self.timeout, holding)
-                self.play(served, log, name, partial(rules.RULES[name], run), run, layout.name)
+                self.play(served, log, name, rule, run, layout.name)
                 if len(self.found) > known:
                     break  # one kind of ring is enough to see it, and what fails tends to take long
 
@@ -215,7 +216,7 @@ class _RingCheck(_Check):
     def run_rules(self, served: ServedDoorbells, log: _LogWatch) -> None:
         for name, rule in ring_rules.RULES.items():
             run = RingRun(served, self.exchanges, self.timeout)
-            self.play(served, log, name, partial(rule, run), run)
+            self.play(served, log, name, rule, run)
         served.after_close = partial(self.listen, run)
 
     async def listen(self, run: RingRun) -> None:

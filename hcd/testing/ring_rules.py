@@ -14,11 +14,9 @@ from dataclasses import dataclass, field
 
 from hcd_protocols.doorbell import Item, Kind
 
-from hcd.demo.hcd_process import Resources
 from hcd.frontend.errors import BackendError
-from hcd.testing.rules import RECONNECTS, Broken
+from hcd.testing.scene import Broken, Scene, reconnect
 from hcd.testing.serving import ServedDoorbells
-from hcd.testing.settle import settled_growth
 from hcd.testing.vmm import Vmm
 
 __all__ = ["PATIENCE", "RULES", "Ring", "RingRun", "signalled"]
@@ -49,20 +47,15 @@ class Ring:
         return f"{self.count} rings of {self.doorbell}" if self.count > 1 else f"a ring of {self.doorbell}"
 
 
-class RingRun:
-    """One scene: the served device and the VMM that plays it."""
+class RingRun(Scene):
+    """A doorbell device and the VMM that plays the scene."""
 
     def __init__(self, served: ServedDoorbells, exchanges: Sequence[Ring], timeout: float) -> None:
-        self.served = served
-        self.exchanges = exchanges
-        self.timeout = timeout
-        #: what is being done, for messages
-        self.step = "attaching"
+        super().__init__(served, exchanges, timeout)
         self.vmm: Vmm
-        self._open: list[Vmm] = []
 
-    def attach(self, refuse: Callable[[Item], int] = lambda item: 0) -> Vmm:
-        """A new VMM, after the last one was let go. ``refuse``: the errno with which it cannot have an item, or 0."""
+    def connect(self, refuse: Callable[[Item], int] = lambda item: 0) -> Vmm:
+        """``refuse``: the errno with which the VMM cannot have an item, or 0."""
         self.close()
         self.vmm = self.served.vmm(register=refuse)
         self._open.append(self.vmm)
@@ -70,9 +63,8 @@ class RingRun:
 
     def close(self) -> None:
         """Hang up; what was rung before is still handled."""
-        while self._open:
-            self._open.pop().close()
-            self.served.wait_disconnected()
+        super().close()
+        self.served.wait_disconnected()
 
     def ring_all(self, counts: Sequence[int] = (1,)) -> None:
         """Every doorbell, without waiting for answers."""
@@ -133,13 +125,13 @@ def signalled(vmm: Vmm, names: Collection[str], seconds: float) -> list[str]:
 
 def late(run: RingRun) -> None:
     """Answers are for the VMM that rang: after disconnect() there are none, also not for the next one."""
-    names = run.attach().names(Kind.INTERRUPT)
+    names = run.connect().names(Kind.INTERRUPT)
     if not names or signalled(run.vmm, names, PATIENCE):
         return  # it interrupts without being rung
     run.ring_all()
     run.close()
     before = run.signals()
-    vmm = run.attach()
+    vmm = run.connect()
     heard = signalled(vmm, names, PATIENCE)
     if heard or run.signals() > before:
         raise Broken(f"a VMM that rang nothing is interrupted ({', '.join(heard) or 'as if it had'}): "
@@ -154,9 +146,9 @@ def late(run: RingRun) -> None:
 
 def attach(run: RingRun) -> None:
     """A VMM attaches and goes, without a ring; exchanges work as soon as it is attached."""
-    run.attach()
+    run.connect()
     run.close()
-    run.attach()
+    run.connect()
     run.step = "at the first ring"
     run.work_once()
 
@@ -164,11 +156,11 @@ def attach(run: RingRun) -> None:
 def rings(run: RingRun) -> None:
     """A doorbell may be rung any number of times before the device hears of it."""
     for count in COUNTS:
-        run.attach()
+        run.connect()
         run.ring_all((count,))
-    run.attach()
+    run.connect()
     run.ring_all(COUNTS)
-    run.attach()
+    run.connect()
     run.step = "after many rings"
     run.work_once()
 
@@ -176,12 +168,12 @@ def rings(run: RingRun) -> None:
 def garbage(run: RingRun) -> None:
     """The shared memory holds what the guest likes."""
     for value in FILLS:
-        run.attach()
+        run.connect()
         run.fill(value)
         run.ring_all()
         run.fill(value ^ 0xFF)
         run.close()
-    run.attach()
+    run.connect()
     run.fill(0)
     run.step = "after rings with the memory full of garbage"
     run.work_once()
@@ -190,13 +182,13 @@ def garbage(run: RingRun) -> None:
 def refused(run: RingRun) -> None:
     """A VMM registers what it can: no interrupts, no memory, some of the doorbells."""
     for kinds in ((Kind.INTERRUPT,), (Kind.MEMORY,), (Kind.INTERRUPT, Kind.MEMORY)):
-        run.attach(lambda item, kinds=kinds: errno.ENOSPC if item.reference.kind in kinds else 0)  # type: ignore[misc]
+        run.connect(lambda item, kinds=kinds: errno.ENOSPC if item.reference.kind in kinds else 0)  # type: ignore[misc]
         run.ring_all()
     for name in list(run.served.host.doorbells):
-        run.attach(lambda item, name=name: errno.EEXIST if getattr(item, "name", "") == name else 0)  # type: ignore[misc]
+        run.connect(lambda item, name=name: errno.EEXIST if getattr(item, "name", "") == name else 0)  # type: ignore[misc]
         run.ring_all()
-    run.attach(lambda item: errno.EOPNOTSUPP)
-    run.attach()
+    run.connect(lambda item: errno.EOPNOTSUPP)
+    run.connect()
     run.step = "with a VMM that registers all, after others that did not"
     run.work_once()
 
@@ -204,26 +196,12 @@ def refused(run: RingRun) -> None:
 def hang_up(run: RingRun) -> None:
     """A VMM goes while its rings wait; the next one finds the device as the first did."""
     for _ in range(3):
-        run.attach()
+        run.connect()
         run.ring_all((3,))
         run.close()
-        run.attach()
+        run.connect()
         run.step = "on the connection after one that ended while rings waited"
         run.work_once()
-
-
-def reconnect(run: RingRun) -> None:
-    """Connections leave nothing behind."""
-    run.attach()
-    run.close()
-    before = Resources()
-    for number in range(RECONNECTS):
-        run.attach()
-        run.step = f"on connection {number + 2}"
-        run.work_once()
-        run.close()
-    if growth := settled_growth(before, Resources):
-        raise Broken(f"after {RECONNECTS} connections this process holds more: {growth}", "leaks")
 
 
 RULES: dict[str, Callable[[RingRun], None]] = {

@@ -9,16 +9,15 @@ from itertools import cycle, islice
 
 from hcd_protocols.vhost_user import ProtocolFeature
 
-from hcd.demo.hcd_process import Resources
 from hcd.frontend.client import DEVICE_FEATURES
 from hcd.frontend.errors import BackendError
 from hcd.frontend.ring import Used
 from hcd.testing.driver import Driver
 from hcd.testing.exchanges import SHAPES, Exchange, Shape, exchanges_for, probes
+from hcd.testing.scene import Broken, Scene, reconnect
 from hcd.testing.serving import ServedDevice
-from hcd.testing.settle import settled_growth
 
-__all__ = ["IN_ORDER_LAYOUTS", "LAYOUTS", "ONCE", "RULES", "Broken", "Layout", "Run"]
+__all__ = ["IN_ORDER_LAYOUTS", "LAYOUTS", "ONCE", "RULES", "Layout", "Run"]
 
 #: how long (seconds) a probe may take before it counts as held by the device
 PATIENCE = 0.1
@@ -26,8 +25,6 @@ PATIENCE = 0.1
 SHORT_PATIENCE = 0.01
 #: what the room for answers is filled with, to see what the device leaves alone
 FILLS = (0xA5, 0x5A, 0x3C, 0xC3)
-#: connections in a row
-RECONNECTS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +49,6 @@ LAYOUTS = (
 IN_ORDER_LAYOUTS = (Layout("split in order", in_order=True), Layout("packed in order", packed=True, in_order=True))
 
 
-class Broken(Exception):
-    """A rule is broken; ``rule`` where it is another one than the scene's."""
-
-    def __init__(self, text: str, rule: str = "") -> None:
-        super().__init__(text)
-        self.rule = rule
-
-
 @dataclass(slots=True)
 class Sent:
     """A request on its way."""
@@ -70,8 +59,8 @@ class Sent:
     writable: list[tuple[int, int]]
 
 
-class Run:
-    """One scene: the served device, the layout, and the driver that plays it."""
+class Run(Scene):
+    """A virtio device, the layout, and the driver that plays the scene."""
 
     def __init__(
         self,
@@ -81,23 +70,17 @@ class Run:
         timeout: float,
         holding: set[int],
     ) -> None:
-        self.served = served
+        super().__init__(served, exchanges, timeout)
         self.device = served.device
         self.layout = layout
-        self.exchanges = exchanges
         self.probes = probes(served.device)
-        self.timeout = timeout
-        #: what is being done, for messages
-        self.step = "connecting"
         self.driver: Driver
-        self._drivers: list[Driver] = []
         #: queues that were seen to hold requests until they stop
         self.holding = holding
 
     # -- connections
 
     def connect(self, *, queues: int | None = None, size: int = 64, device: int = DEVICE_FEATURES) -> Driver:
-        """A new front end, after the last one was let go."""
         self.close()
         layout = self.layout
         self.driver = self.served.driver(
@@ -105,12 +88,8 @@ class Run:
             event_idx=layout.event_idx, in_order=layout.in_order, version_1=layout.version_1, device=device,
             timeout=self.timeout,
         )
-        self._drivers.append(self.driver)
+        self._open.append(self.driver)
         return self.driver
-
-    def close(self) -> None:
-        while self._drivers:
-            self._drivers.pop().close()
 
     # -- requests
 
@@ -381,22 +360,6 @@ def hang_up(run: Run) -> None:
         run.connect()
         run.step = "on the connection after one that ended while requests were in flight"
         run.work_once()
-
-
-def reconnect(run: Run) -> None:
-    """Connections leave nothing behind."""
-    run.connect()
-    run.close()
-    run.served.wait_disconnected()
-    before = Resources()
-    for number in range(RECONNECTS):
-        run.connect()
-        run.step = f"on connection {number + 2}"
-        run.work_once()
-        run.close()
-        run.served.wait_disconnected()
-    if growth := settled_growth(before, Resources):
-        raise Broken(f"after {RECONNECTS} connections this process holds more: {growth}", "leaks")
 
 
 RULES: dict[str, Callable[[Run], None]] = {

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tables import table
 
 from hcd.demo import jobs, qemu, uml
 from hcd.demo.console import Guest
@@ -17,27 +18,10 @@ Boot = Callable[..., Guest]
 Start = Callable[..., HcdProcess]
 Settled = Callable[[HcdProcess, Resources], None]
 
-RAM_DISK = """
-[[device]]
-name = "disk"
-type = "blk"
-socket = "{dir}/disk.sock"
-qmp = "{dir}/qmp.sock"
-[device.options]
-ram = "64M"
-"""
+RAM_DISK = table("disk", "blk", 'qmp = "{dir}/qmp.sock"', ram="64M")
+FOUR_QUEUES = table("disk", "blk", 'qmp = "{dir}/qmp.sock"', ram="64M", num_queues=4)
 
-FOUR_QUEUES = RAM_DISK + "num-queues = 4\n"
-
-UML_DISK = """
-[[device]]
-name = "disk"
-type = "blk"
-socket = "{dir}/disk.sock"
-path = "direct"
-[device.options]
-ram = "64M"
-"""
+UML_DISK = table("disk", "blk", 'path = "direct"', ram="64M")
 
 
 def vm_with_disk(directory: Path, machine: str, bus: str, *, cpus: int = 1, packed: bool = False) -> qemu.Vm:

@@ -7,20 +7,13 @@ from pathlib import Path
 
 import pytest
 from qtest import PCI_SLOT, QtestVm, wait_until
+from tables import table
 
 from hcd.demo.hcd_process import HcdProcess
 
 pytestmark = pytest.mark.guest
 
-DISK = """
-[[device]]
-name = "disk"
-type = "blk"
-socket = "{dir}/disk.sock"
-qmp = "{dir}/qmp.sock"
-[device.options]
-ram = "16M"
-"""
+DISK = table("disk", "blk", 'qmp = "{dir}/qmp.sock"', ram="16M")
 
 PCI = f"chardev=disk,addr={PCI_SLOT}"
 CASES = {

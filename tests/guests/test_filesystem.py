@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tables import table
 
 from hcd.demo import jobs, qemu
 from hcd.demo.console import Guest
@@ -17,15 +18,7 @@ pytestmark = pytest.mark.guest
 
 MIB = 1 << 20
 
-DEVICE = """
-[[device]]
-name = "disk"
-type = "blk"
-socket = "{dir}/disk.sock"
-qmp = "{dir}/qmp.sock"
-[device.options]
-blk-file = "IMAGE"
-"""
+DEVICE = table("disk", "blk", 'qmp = "{dir}/qmp.sock"', blk_file="IMAGE")
 
 
 def vm_with_disk(directory: Path) -> qemu.Vm:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tables import table
 
 from hcd.demo import qemu
 from hcd.demo.console import Guest
@@ -17,14 +18,7 @@ pytestmark = pytest.mark.guest
 BALLOON_ID, QUEUES, CONFIG_SIZE = 5, 3, 8
 DRIVER = ("virtio_balloon",)
 SOURCE = Path(__file__).parents[2] / "docs/examples/hcd-guestmem/src/hcd_guestmem/__init__.py"
-DEVICE = """
-[[device]]
-name = "mem"
-type = "guestmem"
-socket = "{dir}/mem.sock"
-[device.options]
-interval = 0.05
-"""
+DEVICE = table("mem", "guestmem", interval=0.05)
 JOB = """
 bytes() { awk "/^$1:/ {print \\$2 * 1024}" /proc/meminfo; }
 say "total=$(bytes MemTotal)"

@@ -17,6 +17,7 @@ from typing import Any
 import guest_writer as writer
 import pytest
 from manager import Manager
+from tables import table
 
 from hcd.demo import jobs, qemu
 from hcd.demo.console import Guest
@@ -29,32 +30,13 @@ DEPTH = 32
 #: acknowledged and verified writes between two restarts
 WRITES = 1000
 
-DEVICES = """
-[daemon]
-metrics = "unix:{dir}/metrics.sock"
-
-[[device]]
-name = "disk"
-type = "blk"
-socket = "{dir}/disk.sock"
-[device.options]
-blk-file = "{dir}/disk.img"
-
-[[device]]
-name = "net0"
-type = "net"
-socket = "{dir}/net0.sock"
-
-[[device]]
-name = "net1"
-type = "net"
-socket = "{dir}/net1.sock"
-
-[[device]]
-name = "entropy"
-type = "rng"
-socket = "{dir}/rng.sock"
-"""
+DEVICES = "".join([
+    '[daemon]\nmetrics = "unix:{dir}/metrics.sock"\n\n',
+    table("disk", "blk", blk_file="{dir}/disk.img"),
+    table("net0", "net"),
+    table("net1", "net"),
+    table("entropy", "rng", socket="{dir}/rng.sock"),
+])
 
 #: two cards on one hub, each in a namespace of its own; frames and random bytes go on all the time
 JOB = """

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tables import table
 
 from hcd.demo import jobs, qemu
 from hcd.demo.console import Guest
@@ -14,31 +15,13 @@ from hcd.demo.hcd_process import HcdProcess
 
 pytestmark = pytest.mark.guest
 
-DEVICES = """
-[[device]]
-name = "disk"
-type = "blk"
-socket = "{dir}/disk.sock"
-[device.limits]
-bytes_per_second = "8M"
-bytes_burst = "256K"
-[device.options]
-ram = "64M"
-num-queues = 2
-
-[[device]]
-name = "net0"
-type = "net"
-socket = "{dir}/net0.sock"
-[device.limits]
-requests_per_second = 1000
-requests_burst = 64
-
-[[device]]
-name = "net1"
-type = "net"
-socket = "{dir}/net1.sock"
-"""
+DISK_LIMITS = 'limits = { bytes_per_second = "8M", bytes_burst = "256K" }'
+NET_LIMITS = "limits = { requests_per_second = 1000, requests_burst = 64 }"
+DEVICES = "".join([
+    table("disk", "blk", DISK_LIMITS, ram="64M", num_queues=2),
+    table("net0", "net", NET_LIMITS),
+    table("net1", "net"),
+])
 JOB = """
 verify_block /dev/vda 4
 until_true 10 test -e /sys/class/net/eth1

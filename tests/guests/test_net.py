@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tables import table
 
 from hcd.demo import jobs, qemu, testpmd
 from hcd.demo.console import Guest
@@ -13,15 +14,7 @@ from hcd.demo.hcd_process import HcdProcess, Resources
 
 pytestmark = pytest.mark.guest
 
-PORT = """
-[[device]]
-name = "netN"
-type = "net"
-socket = "{dir}/netN.sock"
-WHERE
-[device.options]
-backend = "hub"
-"""
+PORT = table("netN", "net", "WHERE", backend="hub")
 
 
 def two_ports(where: str) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tables import table
 
 from hcd.demo import jobs, qemu
 from hcd.demo.console import Guest
@@ -18,46 +19,13 @@ from hcd.demo.packages import GuestFiles
 
 pytestmark = pytest.mark.guest
 
-DEVICES = """
-[[device]]
-name = "disk0"
-type = "blk"
-socket = "{dir}/disk0.sock"
-BUS
-[device.options]
-ram = "64M"
-num-queues = 2
-
-[[device]]
-name = "rng0"
-type = "rng"
-socket = "{dir}/rng0.sock"
-BUS
-
-[[device]]
-name = "net0"
-type = "net"
-socket = "{dir}/net0.sock"
-BUS
-[device.options]
-mac = "52:54:00:12:34:57"
-
-[[device]]
-name = "host0"
-type = "scsi"
-socket = "{dir}/host0.sock"
-BUS
-[device.options]
-disk = "{dir}/scsi.img"
-
-[[device]]
-name = "vsock0"
-type = "vsock"
-socket = "{dir}/vsock0.sock"
-BUS
-[device.options]
-uds-path = "{dir}/vsock"
-"""
+DEVICES = "".join([
+    table("disk0", "blk", "BUS", ram="64M", num_queues=2),
+    table("rng0", "rng", "BUS"),
+    table("net0", "net", "BUS", mac="52:54:00:12:34:57"),
+    table("host0", "scsi", "BUS", disk="{dir}/scsi.img"),
+    table("vsock0", "vsock", "BUS", uds_path="{dir}/vsock"),
+])
 JOB = """
 verify_block /dev/vda 2
 draw_random 1024

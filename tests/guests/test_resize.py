@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tables import table
 
 from hcd.demo import jobs, qemu
 from hcd.demo.console import Guest
@@ -16,15 +17,7 @@ from hcd.demo.hcd_process import HcdProcess
 
 pytestmark = pytest.mark.guest
 
-DISK = """
-[[device]]
-name = "disk"
-type = "blk"
-socket = "{dir}/disk.sock"
-bus = "pci"
-[device.options]
-blk-file = "{dir}/image"
-"""
+DISK = table("disk", "blk", 'bus = "pci"', blk_file="{dir}/image")
 #: sectors: 16 MiB, then 40 MiB
 BEFORE, AFTER = 32768, 81920
 

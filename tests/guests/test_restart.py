@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from hcd_protocols.virtio.ids import DeviceId
+from tables import table
 
 from hcd.demo import jobs, qemu
 from hcd.demo.console import Guest
@@ -31,34 +32,9 @@ WRITES = 1000
 THREADS, PLACES, BLOCK, MAGIC = 32, 64, 4096, 0x6B636F6C62646368
 WORDS = BLOCK // 8
 
-DISK = """
-[[device]]
-name = "disk"
-type = "blk"
-socket = "{dir}/disk.sock"
-[device.options]
-blk-file = "{dir}/disk.img"
-num-queues = 2
-"""
-
-HOST = """
-[[device]]
-name = "disk"
-type = "scsi"
-socket = "{dir}/disk.sock"
-[device.options]
-disk = "{dir}/disk.img"
-num-queues = 2
-"""
-
-VSOCK = """
-[[device]]
-name = "sock"
-type = "vsock"
-socket = "{dir}/vsock.sock"
-[device.options]
-uds-path = "{dir}/x.vsock"
-"""
+DISK = table("disk", "blk", blk_file="{dir}/disk.img", num_queues=2)
+HOST = table("disk", "scsi", disk="{dir}/disk.img", num_queues=2)
+VSOCK = table("sock", "vsock", socket="{dir}/vsock.sock", uds_path="{dir}/x.vsock")
 
 JOB = f"""
 until_true 30 test -b /dev/NODE

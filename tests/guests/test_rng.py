@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tables import table
 
 from hcd.demo import jobs, qemu
 from hcd.demo.console import Guest
@@ -13,13 +14,7 @@ from hcd.demo.hcd_process import HcdProcess, Resources
 
 pytestmark = pytest.mark.guest
 
-DEVICE = """
-[[device]]
-name = "entropy"
-type = "rng"
-socket = "{dir}/rng.sock"
-qmp = "{dir}/qmp.sock"
-"""
+DEVICE = table("entropy", "rng", 'qmp = "{dir}/qmp.sock"', socket="{dir}/rng.sock")
 
 
 @pytest.mark.parametrize("bus", ["modern", "pio"])

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from manager import Manager
+from tables import table
 
 from hcd.demo import jobs, qemu, uml
 from hcd.demo.console import Guest
@@ -26,16 +27,9 @@ GUEST, HOST = 1234, 5000
 LARGE, SMALL, MANY = 3_000_000, 20_000, 24
 COMPLEMENT = bytes(255 - byte for byte in range(256))
 
-DEVICE = """
-[[device]]
-name = "sock"
-type = "vsock"
-socket = "{dir}/vu.sock"
-[device.options]
-uds-path = "{dir}/x.vsock"
-seqpacket-path = "{dir}/x.messages"
-guest-cid = 42
-"""
+DEVICE = table(
+    "sock", "vsock", socket="{dir}/vu.sock", uds_path="{dir}/x.vsock", seqpacket_path="{dir}/x.messages", guest_cid=42
+)
 #: as in vsock_peer.c
 MESSAGES = (1, 100, 4052, 4053, 60000, 65536)
 

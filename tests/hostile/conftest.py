@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tables import table
 
 from hcd.demo.hcd_process import HcdProcess, Resources, fetch
 from hcd.frontend.blk import BLOCK_FEATURES, BlockDriver
@@ -30,60 +31,14 @@ PATIENCE = 30.0
 #: more than any module has tests
 VICTIMS = 160
 
-VICTIM = """
-[[device]]
-name = "victim%d"
-type = "blk"
-socket = "{dir}/victim%d.sock"
-path = "mmio"
-[device.options]
-ram = "1M"
-num-queues = 2
-"""
-
-OTHERS = """
-[[device]]
-name = "bystander"
-type = "blk"
-socket = "{dir}/bystander.sock"
-[device.options]
-blk-file = "{dir}/bystander.img"
-
-[[device]]
-name = "file"
-type = "blk"
-socket = "{dir}/file.sock"
-[device.options]
-blk-file = "{dir}/file.img"
-num-queues = 2
-
-[[device]]
-name = "entropy"
-type = "rng"
-socket = "{dir}/entropy.sock"
-
-[[device]]
-name = "slow"
-type = "rng"
-socket = "{dir}/slow.sock"
-[device.options]
-max-bytes = 1
-period = 3600000
-
-[[device]]
-name = "net0"
-type = "net"
-socket = "{dir}/net0.sock"
-[device.options]
-backend = "hub"
-
-[[device]]
-name = "net1"
-type = "net"
-socket = "{dir}/net1.sock"
-[device.options]
-backend = "hub"
-"""
+OTHERS = "".join([
+    table("bystander", "blk", blk_file="{dir}/bystander.img"),
+    table("file", "blk", blk_file="{dir}/file.img", num_queues=2),
+    table("entropy", "rng"),
+    table("slow", "rng", max_bytes=1, period=3_600_000),
+    table("net0", "net", backend="hub"),
+    table("net1", "net", backend="hub"),
+])
 
 
 def wait_until(condition: Callable[[], object], what: Callable[[], str], patience: float = PATIENCE) -> None:
@@ -141,7 +96,7 @@ class Hostile:
         self.directory = directory
         for name in ("bystander", "file"):
             (directory / f"{name}.img").write_bytes(bytes(1 << 20))
-        victims = "".join(VICTIM % (n, n) for n in range(VICTIMS))
+        victims = "".join(table(f"victim{n}", "blk", 'path = "mmio"', ram="1M", num_queues=2) for n in range(VICTIMS))
         self.hcd = HcdProcess.from_config(directory, victims + OTHERS, daemon="drain_timeout = 2.0")
         self.victim = "victim0"
         self._count = 0

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from hcd_protocols.virtio.blk import RequestType
+from tables import table
 
 from hcd.demo.hcd_process import HcdProcess, Resources
 from hcd.frontend.blk import BLOCK_FEATURES, BlockDriver, BlockRequest
@@ -34,21 +35,7 @@ SLACK = 4 << 20
 #: mappings of the allocator (arenas of threads, large blocks) that come and go likewise
 MAPPING_SLACK = 8
 
-DEVICES = """
-[[device]]
-name = "disk"
-type = "blk"
-socket = "{dir}/disk"
-[device.options]
-blk-file = "{dir}/disk.img"
-num-queues = 2
-[[device]]
-name = "ram"
-type = "blk"
-socket = "{dir}/ram"
-[device.options]
-ram = "1M"
-"""
+DEVICES = table("disk", "blk", blk_file="{dir}/disk.img", num_queues=2) + table("ram", "blk", ram="1M")
 
 ExpectSettled = Callable[[HcdProcess, Resources], None]
 
@@ -109,7 +96,7 @@ def test_hundreds_of_front_ends_that_hang_up_in_the_middle_of_a_message(
         def once(number: int) -> None:
             chance = random.Random(number)
             conversation = front_end()[chance.randrange(len(front_end()))]
-            with Frontend(short_dir / ("disk", "ram")[number % 2]) as frontend, suppress(FrontendError):
+            with Frontend(short_dir / ("disk.sock", "ram.sock")[number % 2]) as frontend, suppress(FrontendError):
                 for data, count in conversation[: chance.randrange(len(conversation))]:
                     frontend.send_raw(data, [fd] * count)
                 data, count = chance.choice(conversation)
@@ -119,8 +106,8 @@ def test_hundreds_of_front_ends_that_hang_up_in_the_middle_of_a_message(
                     frontend.wait_hangup()
 
         soak(hcd, expect_settled, once)
-    use(short_dir / "disk")
-    use(short_dir / "ram")
+    use(short_dir / "disk.sock")
+    use(short_dir / "ram.sock")
 
 
 def test_hundreds_of_front_ends_that_hang_up_in_the_middle_of_io(
@@ -135,7 +122,7 @@ def test_hundreds_of_front_ends_that_hang_up_in_the_middle_of_io(
         packed = bool(chance.getrandbits(1))
         queues = 2 if name == "disk" else 1
         with Frontend.open(
-            short_dir / name, device=BLOCK_FEATURES, queues=queues, packed=packed, memory_size=1 << 20
+            short_dir / f"{name}.sock", device=BLOCK_FEATURES, queues=queues, packed=packed, memory_size=1 << 20
         ) as frontend:
             for queue in frontend.queues.values():
                 disk = BlockDriver(frontend.memory, queue)
@@ -147,5 +134,5 @@ def test_hundreds_of_front_ends_that_hang_up_in_the_middle_of_io(
                 queue.publish()
 
     soak(hcd, expect_settled, once)
-    use(short_dir / "disk")
-    use(short_dir / "ram")
+    use(short_dir / "disk.sock")
+    use(short_dir / "ram.sock")

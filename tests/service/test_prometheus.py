@@ -27,6 +27,7 @@ from typing import Any
 import pytest
 from lamps import hung_up
 from qtest import PCI_SLOT, QtestVm
+from tables import table
 from test_monitoring import RULES, dashboard_expressions, recorded
 from tsc import measure_tsc
 
@@ -38,41 +39,13 @@ from hcd.testing.vmm import Vmm
 
 pytestmark = [pytest.mark.guest, pytest.mark.long]
 
-DEVICES = """
-[[device]]
-name = "port"
-type = "blk"
-socket = "{dir}/port.sock"
-path = "pio"
-options.ram = "1M"
-
-[[device]]
-name = "memory"
-type = "blk"
-socket = "{dir}/memory.sock"
-path = "mmio"
-options.ram = "1M"
-
-[[device]]
-name = "call"
-type = "echo"
-socket = "{dir}/call.sock"
-options = { connections = "0x21", stamps = true }
-
-[[device]]
-name = "wrong"
-type = "blk"
-socket = "{dir}/wrong.sock"
-path = "pio"
-qmp = "{dir}/qmp.sock"
-options.ram = "1M"
-
-[[device]]
-name = "rude"
-type = "rng"
-socket = "{dir}/rude.sock"
-path = "direct"
-"""
+DEVICES = "".join([
+    table("port", "blk", 'path = "pio"', ram="1M"),
+    table("memory", "blk", 'path = "mmio"', ram="1M"),
+    table("call", "echo", connections="0x21", stamps=True),
+    table("wrong", "blk", 'path = "pio"', 'qmp = "{dir}/qmp.sock"', ram="1M"),
+    table("rude", "rng", 'path = "direct"'),
+])
 CONFIG = """
 global: {{scrape_interval: 500ms, evaluation_interval: 500ms}}
 rule_files: {rules}
