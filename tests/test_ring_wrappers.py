@@ -208,6 +208,31 @@ def test_nothing_is_delayed_beyond_the_end_of_the_connection(kind: type[Counter]
 
 
 @KINDS
+def test_what_is_rung_while_rings_are_delayed_takes_no_room(kind: type[Counter]) -> None:
+    """However often a guest rings, there is one batch that waits and one after it."""
+    with serve(kind, drain_timeout=30) as served:
+        with wrapped(served, "error:pattern=d,delay-ms=3600000").vmm() as vmm:
+            for number in range(1, 21):
+                vmm.ring("add")
+                wait_counted(served, rings=1 if kind.is_async() else number)
+        served.wait_disconnected()
+        assert served.device.heard == [("add", 1), ("add", 19)]
+
+
+@KINDS
+def test_what_is_rung_while_rings_are_delayed_comes_after_them(kind: type[Counter]) -> None:
+    with serve(kind) as served:
+        with wrapped(served, "error:pattern=d.,delay-ms=100").vmm() as vmm:
+            for number in range(1, 5):
+                vmm.ring("add")
+                wait_counted(served, rings=1 if kind.is_async() else number)
+            wait_for(lambda: len(served.device.heard) > 1)
+        served.wait_disconnected()
+        assert sum(count for _, count in served.device.heard) == 4
+        assert served.host.handler_errors == 0
+
+
+@KINDS
 def test_a_doorbell_that_is_removed_while_its_rings_are_delayed(kind: type[Counter]) -> None:
     """The device does not hear of what it has no longer."""
     with serve(kind) as served:

@@ -2,9 +2,9 @@
 
 Theory of operation. Without wrappers the handler of each doorbell is the device's own, and the only cost is one
 comparison an interrupt. With some, the handler is here. A batch of rings is shown to one wrapper after the other, and
-each may have it wait: a plain device is called by a timer then, an async one's handler sleeps, so that what is rung
-meanwhile comes after it. When the VMM has gone nothing waits any more: the device hears of what was rung before it is
-disconnected.
+each may have it wait: a plain device is called by a timer then, an async one's handler sleeps. What is rung meanwhile
+comes after it, as one batch: a guest rings as often as it likes, and must not fill hcd's memory with that. When the VMM
+has gone nothing waits any more: the device hears of what was rung before it is disconnected.
 """
 
 from __future__ import annotations
@@ -99,7 +99,10 @@ class RingStack(StackBase[RingWrapper]):
     # -- the way of a batch
 
     def _ring(self, bell: Bell, count: int) -> None:
-        self._pass(self._batch(bell, count))
+        if (waits := next((one for one in self._waiting if one.bell is bell), None)) is not None:
+            waits.more += count
+        else:
+            self._pass(self._batch(bell, count))
 
     def _pass(self, batch: Batch) -> None:
         try:
@@ -125,6 +128,8 @@ class RingStack(StackBase[RingWrapper]):
         except BaseException as error:
             assert batch.bell.on_error is not None
             batch.bell.on_error(batch.bell, contained(error))
+        if batch.more and batch not in self._waiting and self._serves(batch.bell):
+            self._go_on(self._batch(batch.bell, batch.more))
 
     async def _ring_async(self, bell: Bell, count: int) -> None:
         batch = self._batch(bell, count)

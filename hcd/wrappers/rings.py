@@ -32,6 +32,8 @@ class Batch:
     wrappers: tuple[RingWrapper, ...]
     seen: int = 0
     lost: bool = False
+    #: the rings of the same doorbell that came while it waited
+    more: int = 0
 
 
 class RingWrapper(Wrapper):
