@@ -48,27 +48,32 @@ _LEVELS = ("debug", "info", "warning", "error")
 def main(argv: Sequence[str]) -> int:
     """Run one command; returns the exit status. Errors are lines on stderr."""
     try:
-        if argv and argv[0] == "device":
-            return _device(argv[1:])
-        if argv and argv[0] in _TOOLS:
-            return _tool(argv[0], argv[1:])
-        arguments = _parser().parse_args(argv)
-        run: Callable[[argparse.Namespace], int] = arguments.run
-        status = run(arguments)
+        status = _command(argv)
         sys.stdout.flush()
         return status
-    except SystemExit as exc:  # argparse
-        return exc.code if isinstance(exc.code, int) else EX_USAGE
-    except HcdError as exc:
-        return _fail(exc, EX_FAILED)
-    except KeyboardInterrupt:
-        return 130
     except OSError as exc:
         if exc.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
         # the flush at exit must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EX_FAILED if exc.errno == errno.EPIPE else _fail(f"cannot write: {exc.strerror}", EX_FAILED)
+
+
+def _command(argv: Sequence[str]) -> int:
+    try:
+        if argv and argv[0] == "device":
+            return _device(argv[1:])
+        if argv and argv[0] in _TOOLS:
+            return _tool(argv[0], argv[1:])
+        arguments = _parser().parse_args(argv)
+        run: Callable[[argparse.Namespace], int] = arguments.run
+        return run(arguments)
+    except SystemExit as exc:  # argparse
+        return exc.code if isinstance(exc.code, int) else EX_USAGE
+    except HcdError as exc:
+        return _fail(exc, EX_FAILED)
+    except KeyboardInterrupt:
+        return 130
 
 
 def _fail(problem: object, status: int) -> int:

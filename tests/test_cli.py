@@ -103,6 +103,28 @@ def test_version_is_told(run: Run) -> None:
     assert run("--version") == (0, f"hcd {VERSION}\n", "")
 
 
+@pytest.mark.parametrize("arguments", ["devices", "--help", "device rng --help", "device rng --print-capabilities",
+                                       "qemu-args CONFIG --accel kvm --qemu-version 8.2"])
+def test_output_that_cannot_be_written_is_said_by_every_command(arguments: str, tmp_path: Path) -> None:
+    (tmp_path / "hcd.toml").write_text('[[device]]\nname = "rng0"\ntype = "rng"\nsocket = "/run/rng.sock"\n')
+    words = arguments.replace("CONFIG", f"{tmp_path}/hcd.toml").split()
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "hcd", *words], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60,
+            env=environment,
+        )
+    assert (done.returncode, done.stderr) == (1, "hcd: cannot write: No space left on device\n")
+
+
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_output_that_was_closed_is_not_missed(closed: str) -> None:
+    """As some starters of daemons do. Nothing that hcd opens takes its place."""
+    command = f'exec "{sys.executable}" -m hcd devices {closed}'
+    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_devices_lists_types_with_their_options(run: Run) -> None:
     status, out, _ = run("devices")
     assert status == 0
