@@ -418,12 +418,12 @@ class Backend:
         self.memory = MemoryTable()
 
     def _let_go(self, vring: _Vring) -> None:
-        queue = vring.queue
+        host, queue = self.host, vring.queue
         vring.on_drained.clear()
         self._release_kick(vring)
         if queue.is_started:
             queue.stop()
-        self.host.lane.forget(queue)
+        host.lane.forget(queue)
         queue.set_call(-1)
         queue.set_err(-1)
         _close(vring.call)
@@ -432,10 +432,12 @@ class Backend:
         queue.set_doorbell(DoorbellStats())
         queue.set_memory(MemoryTable())
         queue.set_inflight(None)
-        queue.on_error = queue.on_drained = None  # methods of ours: a cycle, which an idle daemon never collects
+        # Methods of ours would be a cycle, which an idle daemon never collects. A handler in trio ends after this.
+        queue.on_error = lambda _, error: host.device_failed("process(), cancelled with its session,", error)
+        queue.on_drained = None
         if queue.inflight:
-            self.host.log.warning("queue %d: %d requests were in flight when the front end went away; their late "
-                                  "answers go nowhere", queue.index, queue.inflight)
+            host.log.warning("queue %d: %d requests were in flight when the front end went away; their late answers "
+                             "go nowhere", queue.index, queue.inflight)
 
     # -- errors of guests and handlers
 

@@ -245,6 +245,33 @@ async def test_drain_timeout(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
         assert "1 requests did not end" in caplog.text
 
 
+async def test_a_handler_that_fails_when_it_is_cancelled_ends_nothing_but_itself(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The end of a session cancels it, and nobody waits for it. Its lane is everybody's."""
+
+    class Mourns(Echo):
+        async def process(self, queue: Virtqueue) -> None:
+            if (held := queue.pop()) is not None:
+                try:
+                    await trio.sleep_forever()
+                finally:
+                    held.complete()
+                    raise ZeroDivisionError("cut off")
+
+    async with served(Mourns("dev", {}), tmp_path, drain_timeout=0.1) as s:
+        def drive() -> None:
+            with Frontend.open(s.path) as front:
+                front.queues[0].submit([(put(front, b"keep"), 4)], [])
+
+        for _ in range(2):
+            await s.in_thread(drive)
+        while s.host.connected:
+            await trio.testing.wait_all_tasks_blocked()
+        assert "Mourns: process(), cancelled with its session, raised ZeroDivisionError: cut off" in caplog.text
+        assert s.host.handler_errors == 2
+
+
 async def test_memory_is_unmapped_by_a_thread_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes 70 ms for each GiB that was touched: no lane, and so no other device, waits for that."""
     release, seen = Backend.release_memory, []
