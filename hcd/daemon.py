@@ -36,7 +36,7 @@ from hcd.handover.recovery import recover
 from hcd.lanes import Lanes, open_lanes
 from hcd.metrics import cold, server
 from hcd.reload import Reloader
-from hcd.supervisor import CLOSE_TIMEOUT, Supervisor, keep_up
+from hcd.supervisor import Supervisor, end_timeout, keep_up
 from hcd.systemd import Inherited, Notifier
 
 __all__ = ["run"]
@@ -72,11 +72,11 @@ class _Daemon:
     def __post_init__(self) -> None:
         self.deadline = Deadline(self.stop_timeout)
 
-    @property
     def stop_timeout(self) -> float:
-        """Sessions drain beside each other; devices are closed one after the other."""
-        drain, devices = self.config.drain_timeout, len(self.config.devices)
-        return STOP_TIMEOUT + drain + (drain + CLOSE_TIMEOUT) * devices
+        """Of what is served now: ``config`` is what it began with."""
+        if self.supervisor is not None:
+            return STOP_TIMEOUT + self.supervisor.end_timeout
+        return STOP_TIMEOUT + end_timeout(self.config.drain_timeout, len(self.config.devices))
 
 
 def run(
@@ -267,5 +267,5 @@ def _hasten(daemon: _Daemon, number: signal.Signals) -> None:
 def _say_stopping(daemon: _Daemon) -> None:
     daemon.deadline.start()
     daemon.notifier.stopping()
-    daemon.notifier.extend_timeout(daemon.stop_timeout)
+    daemon.notifier.extend_timeout(daemon.stop_timeout())
 

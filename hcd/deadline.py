@@ -22,9 +22,9 @@ _log = logging.getLogger("hcd.daemon")
 
 
 class Deadline:
-    """Ends the process ``seconds`` after :meth:`start`, unless :meth:`cancel` comes before."""
+    """Ends the process some time after :meth:`start`, unless :meth:`cancel` comes before. ``seconds`` is asked then."""
 
-    def __init__(self, seconds: float, end: Callable[[int], object] = os._exit) -> None:
+    def __init__(self, seconds: Callable[[], float], end: Callable[[int], object] = os._exit) -> None:
         self._seconds = seconds
         self._end = end
         self._timer: threading.Timer | None = None
@@ -32,7 +32,7 @@ class Deadline:
     def start(self) -> None:
         """Once; also from a signal handler, while the main thread hangs."""
         if self._timer is None:
-            self._timer = threading.Timer(self._seconds, self._passed)
+            self._timer = threading.Timer(self._seconds(), self._passed)
             self._timer.daemon = True
             self._timer.start()
 
@@ -45,7 +45,8 @@ class Deadline:
             self._timer.cancel()
 
     def _passed(self) -> None:
-        _log.error("not ended after %g s, ended by force: %s", self._seconds, "; ".join(_whereabouts()))
+        assert self._timer is not None
+        _log.error("not ended after %g s, ended by force: %s", self._timer.interval, "; ".join(_whereabouts()))
         logging.shutdown()
         self._end(EX_STUCK)
 

@@ -35,7 +35,7 @@ from hcd.host import DeviceHost, HostBase
 from hcd.lanes import Lanes
 from hcd.transports import kvm, vhost_user
 
-__all__ = ["CLOSE_TIMEOUT", "Plan", "Supervisor", "keep_up", "make_plan"]
+__all__ = ["Plan", "Supervisor", "end_timeout", "keep_up", "make_plan"]
 
 #: a session that failed unexpectedly is set up again after this pause (seconds)
 RESTART_PAUSE = 1.0
@@ -252,10 +252,20 @@ class Supervisor:
             await handed.settled.wait()
         self._handed = ()
 
+    @property
+    def end_timeout(self) -> float:
+        """What the end of all may take (seconds), :meth:`leave` first."""
+        leaving = self._leave_timeout if any(host.kept is not None for host in self.hosts) else 0.0
+        return leaving + end_timeout(self.drain_timeout, len(self.hosts))
+
+    @property
+    def _leave_timeout(self) -> float:
+        """The message that is being handled may wait for requests, and so does the end."""
+        return LEAVE_TIMEOUT + 2 * self.drain_timeout
+
     async def leave(self) -> None:
         """Accept nobody any more; sessions that are kept come to an end without their front ends."""
-        # The message that is being handled may wait for requests, and so does the end.
-        with trio.move_on_after(LEAVE_TIMEOUT + 2 * self.drain_timeout):
+        with trio.move_on_after(self._leave_timeout):
             async with trio.open_nursery() as nursery:
                 for host in self.hosts:
                     nursery.start_soon(host.leave)
@@ -328,6 +338,11 @@ class Supervisor:
 
     def _host(self, spec: DeviceSpec) -> HostBase:
         return next(host for host in self.hosts if host.spec.name == spec.name)
+
+
+def end_timeout(drain: float, devices: int) -> float:
+    """What their end may take: sessions drain beside each other, devices are closed one after the other (seconds)."""
+    return drain + (drain + CLOSE_TIMEOUT) * devices
 
 
 async def keep_up(name: str, serve: Callable[[], Awaitable[None]]) -> None:

@@ -58,7 +58,7 @@ def test_it_ends_the_process_and_says_where_each_thread_is(caplog: pytest.LogCap
 
     culprit = threading.Thread(target=hang_in_a_device, name="culprit")
     culprit.start()
-    deadline = Deadline(0.01, end)
+    deadline = Deadline(lambda: 0.01, end)
     deadline.start()
     deadline.start()
     assert ended.wait(60)
@@ -72,7 +72,7 @@ def test_it_ends_the_process_and_says_where_each_thread_is(caplog: pytest.LogCap
 def test_it_does_nothing_when_it_is_cancelled() -> None:
     """Nor leaves a thread behind."""
     before = threading.active_count()
-    deadline = Deadline(3600, lambda status: None)
+    deadline = Deadline(lambda: 3600, lambda status: None)
     deadline.cancel()
     assert not deadline.running
     deadline.start()

@@ -159,6 +159,17 @@ def test_it_says_that_it_stops_and_how_long_that_may_take(start: Start, short_di
     assert int(hcd.until("EXTEND_TIMEOUT_USEC=").partition("=")[2]) >= 9_000_000  # a drain, then two more
 
 
+def test_how_long_stopping_may_take_is_what_the_last_reload_says(start: Start, short_dir: Path) -> None:
+    """That long the process has before it ends itself by force."""
+    hcd = start("run", write(short_dir, "drain_timeout = 3", names=("desk",)))
+    hcd.until("READY=1")
+    write(short_dir, "drain_timeout = 20", names=("desk", "floor"))
+    hcd.hangup()
+    status, log = hcd.process.end(signal.SIGTERM)
+    assert status == 0, log
+    assert int(hcd.until("EXTEND_TIMEOUT_USEC=").partition("=")[2]) >= 60_000_000
+
+
 def test_a_start_that_fails_is_never_ready(start: Start, short_dir: Path) -> None:
     hcd = start("run", write(short_dir, options='fault = "operator"'))
     assert hcd.process.end()[0] == 78
