@@ -6,10 +6,13 @@ import ctypes
 import errno
 import mmap
 import os
+import platform
 import resource
 import select
+import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,7 @@ SECTOR = 512
 OK, IOERR = 0, 1
 IN, OUT, FLUSH = RequestType.IN, RequestType.OUT, RequestType.FLUSH
 DISCARD, WRITE_ZEROES = RequestType.DISCARD, RequestType.WRITE_ZEROES
+COMPARE = 1000  # virtio-blk has none
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -65,6 +69,8 @@ class Disk:
                 self.store.write(request, sector)
             elif kind == FLUSH:
                 self.store.flush(request)
+            elif kind == COMPARE:
+                self.store.compare(request, sector)
             else:
                 act = self.store.discard if kind == DISCARD else self.store.write_zeroes
                 act(request, [(first, n, bool(flags)) for first, n, flags in SEGMENT.iter_unpack(request.read())])
@@ -556,6 +562,51 @@ def test_a_descriptor_that_cannot_write_fails_the_write(images: Images) -> None:
     assert disk.one(OUT, 0, bytes(SECTOR)).status == IOERR
     assert disk.one(IN, 0, length=SECTOR).status == OK
     assert [error.errno for error in disk.errors if isinstance(error, OSError)] == [errno.EBADF]
+
+
+class Failing(threading.Thread):
+    """A thread whose pread(2) and preadv(2) fail with ``error``, and those of threads that it starts (seccomp(2))."""
+
+    def __init__(self, error: int, job: Callable[[], None]) -> None:
+        super().__init__()
+        self.error, self.job = error, job
+        self.raised: BaseException | None = None
+
+    def run(self) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        calls = (17, 295)  # pread64, preadv
+        words = [(0x20, 0, 0, 0)]  # the number of the call
+        words += [(0x15, len(calls) - i, 0, number) for i, number in enumerate(calls)]
+        words += [(0x06, 0, 0, 0x7FFF0000), (0x06, 0, 0, 0x00050000 | self.error)]  # allow, or fail with this
+        code = b"".join(struct.pack("HBBI", *word) for word in words)
+        filters = ctypes.create_string_buffer(code)
+        program = struct.pack("H6xQ", len(words), ctypes.addressof(filters))
+        assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+        assert libc.prctl(22, 2, program) == 0, os.strerror(ctypes.get_errno())  # PR_SET_SECCOMP, a filter
+        try:
+            self.job()
+        except BaseException as error:
+            self.raised = error
+
+    def outcome(self) -> None:
+        self.start()
+        self.join()
+        if self.raised is not None:
+            raise self.raised
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the numbers of system calls are those of x86-64")
+def test_an_integrity_error_of_the_disk_is_no_miscompare(images: Images) -> None:
+    """The block layer answers EILSEQ where a disk's protection information does not fit. That is to be told of."""
+
+    def read_and_compare() -> None:
+        disk = images.disk(images.file(bytes(2 << 20)))
+        assert disk.one(IN, 0, length=(1 << 20) + SECTOR).status == IOERR
+        assert disk.one(COMPARE, 0, bytes(SECTOR)).status == IOERR
+        assert [error.errno for error in disk.errors if isinstance(error, OSError)] == [errno.EIO] * 2
+        assert disk.store.errors == 2
+
+    Failing(errno.EILSEQ, read_and_compare).outcome()
 
 
 def test_a_short_write_is_continued_and_its_cause_reported(images: Images) -> None:

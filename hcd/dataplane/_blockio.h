@@ -53,7 +53,7 @@
 #define HCD_ALIGNMENT 4096
 
 enum { HCD_READ, HCD_WRITE, HCD_FLUSH, HCD_DISCARD, HCD_ZERO, HCD_SAME, HCD_COMPARE };
-#define HCD_DIFFERENT EILSEQ        /* error of HCD_COMPARE: the file has other bytes than the request */
+#define HCD_DIFFERENT -1            /* "errno" of HCD_COMPARE: the file has other bytes than the request */
 enum { HCD_LINE_ANY, HCD_LINE_WRITES, HCD_LINES };
 
 typedef struct {

@@ -20,7 +20,7 @@ import stat
 
 cimport cython
 from cpython.ref cimport Py_DECREF, Py_INCREF
-from libc.errno cimport EAGAIN, EFAULT, EINTR, EOPNOTSUPP, errno
+from libc.errno cimport EAGAIN, EFAULT, EILSEQ, EINTR, EIO, EOPNOTSUPP, errno
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from posix.stdlib cimport posix_memalign
@@ -128,8 +128,14 @@ cdef class BlockStore:
 
     cdef int failed(self, Request r, int number, uint64_t moved) except -1:
         cdef Virtqueue q = r.vq
-        cdef object error = OSError(number, os.strerror(number))
-        if number == ECANCELED or number == HCD_DIFFERENT:
+        if number == HCD_DIFFERENT:
+            return self.settle(r, IOERR, moved, OSError(EILSEQ, "the disk has other bytes"))
+        if number == EILSEQ:         # Linux says so too, of a block that fails its check
+            number, text = EIO, "the disk's protection information does not fit its data (EILSEQ)"
+        else:
+            text = os.strerror(number)
+        cdef object error = OSError(number, text)
+        if number == ECANCELED:
             return self.settle(r, IOERR, moved, error)
         if number == EFAULT:
             error = GuestError("the guest memory of the request went away")
