@@ -105,6 +105,28 @@ def test_watches(running: Running) -> None:
     os.close(write_end)
 
 
+def test_a_watch_that_is_cancelled_after_its_descriptor_was_closed_calls_nobody(running: Running) -> None:
+    """A mistake, which costs its author time. Somebody else has the file still, so epoll goes on reporting it."""
+    mine = os.eventfd(0, os.EFD_NONBLOCK)
+    theirs = os.dup(mine)
+    called: list[str] = []
+
+    def mistake() -> None:
+        watch = running.reactor.watch(mine, lambda: called.append("the one that is cancelled"))
+        os.close(mine)
+        watch.cancel()
+
+    running.do(mistake)
+    others = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(20)]  # watches of these may lie where the old one was
+    running.do(lambda: [running.reactor.watch(fd, lambda: called.append("another")) for fd in others])
+    os.eventfd_write(theirs, 1)
+    for _ in range(3):
+        running.do(lambda: None)
+    assert called == []
+    for fd in (theirs, *others):
+        os.close(fd)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_rings_are_served(running: Running, packed: bool) -> None:
     """A kick gives the queue a turn; what the handler completes, the driver sees, with an interrupt."""

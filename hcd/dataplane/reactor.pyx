@@ -72,7 +72,10 @@ cdef class Watch:
         if not self.live:
             return
         self.live = False
-        epoll_ctl(self.reactor.ep, EPOLL_CTL_DEL, self.fd, NULL)
+        if epoll_ctl(self.reactor.ep, EPOLL_CTL_DEL, self.fd, NULL) != 0:
+            # Closed before this, which is a mistake. Where somebody else has the file, epoll goes on reporting it.
+            self.callback = None
+            return
         self.reactor.watches.discard(self)
         self.reactor.gone.append(self)       # epoll may have reported it already, to the dispatch that is under way
 
@@ -369,7 +372,7 @@ cdef class Reactor:
         have hours' worth of them made and cancelled."""
         cdef Timer t
         if 2 * self.cancelled > len(self.timers):
-            self.timers = [entry for entry in self.timers if (<Timer>entry[2]).callback is not None]
+            self.timers[:] = [entry for entry in self.timers if (<Timer>entry[2]).callback is not None]
             heapq.heapify(self.timers)
             self.cancelled = 0
         return 0
