@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import threading
 from typing import Any
 
 import faulty_devices
@@ -70,6 +71,28 @@ def test_the_error_shows_every_finding() -> None:
 def test_a_rule_can_be_skipped() -> None:
     """An author who knows better says so in the test."""
     check_device(faulty_devices.ConfigGrows, exchanges=SHOUTS, skip={"config"})
+
+
+def test_a_device_that_never_closes_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its open() is not to blame."""
+    ended = threading.Event()
+
+    class NeverCloses(faulty_devices.Shout):
+        def close(self) -> None:
+            ended.wait(60)
+
+    def lose_patience(run: object) -> None:
+        monkeypatch.setattr("hcd.testing.serving.PATIENCE", 0.1)
+
+    monkeypatch.setattr("hcd.testing.rules.RULES", {"last": lose_patience})
+    try:
+        texts = [finding.text for finding in find_faults(NeverCloses) if finding.rule == "life"]
+    finally:
+        ended.set()
+        for thread in threading.enumerate():
+            if thread.name == "hcd-testing":
+                thread.join()
+    assert texts == ["TimeoutError: the device could not be closed: a handler of it never returns"]
 
 
 def test_a_device_that_cannot_be_opened_is_a_finding() -> None:

@@ -140,8 +140,10 @@ class _Check:
 
     def serve(self) -> None:
         before = Resources()
+        opened = False
         try:
             with _LogWatch() as log, serve(self.device, drain_timeout=DRAIN_TIMEOUT) as served:
+                opened = True
                 for text in declaration.faults_when_open(self.device):
                     self.add("declaration", text)
                 if not self.found:
@@ -151,7 +153,7 @@ class _Check:
         except PluginError as error:
             self.add("declaration", str(error))
         except Exception as error:
-            self.add("life", f"open() raised {shown(error)}")
+            self.add("life", shown(error) if opened else f"open() raised {shown(error)}")
         if growth := settled_growth(before, Resources):
             self.add("leaks", f"after close() this process still holds {growth}")
 
