@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import os
 import socket
 import stat
@@ -44,7 +45,7 @@ class UnixListener:
         permit: Callable[[str], None] | None = None,
     ) -> None:
         self.path = path
-        _remove_stale(path)
+        _remove_stale(path, kind)
         self.socket = socket.socket(socket.AF_UNIX, kind)
         try:
             self.socket.bind(path)
@@ -141,7 +142,7 @@ def _check_kind(sock: socket.socket, fd: int, kind: socket.SocketKind) -> None:
         raise ConfigError(f"file descriptor {fd} is neither listening nor connected") from exc
 
 
-def _remove_stale(path: str) -> None:
+def _remove_stale(path: str, kind: socket.SocketKind) -> None:
     """Make room for a socket at ``path`` if only a dead process stands in the way."""
     try:
         mode = os.lstat(path).st_mode
@@ -151,18 +152,21 @@ def _remove_stale(path: str) -> None:
         raise ConfigError(f"cannot listen on {path}: {exc.strerror}") from exc
     if not stat.S_ISSOCK(mode):
         raise ConfigError(f"cannot listen on {path}: it exists and is not a socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+    with socket.socket(socket.AF_UNIX, kind) as probe:
         probe.setblocking(False)  # a full backlog answers EAGAIN: somebody is there
         try:
             probe.connect(path)
-            holder = f" (pid {peer_of(probe)[0]})"
+            pid = peer_of(probe)[0]
+            holder = "this process does already" if pid == os.getpid() else f"another process does (pid {pid})"
         except ConnectionRefusedError:
             os.unlink(path)
             return
         except FileNotFoundError:
             return
         except BlockingIOError:
-            holder = ""
+            holder = "another process does"
         except OSError as exc:
-            raise ConfigError(f"cannot tell whether {path} is in use: {exc.strerror}") from exc
-    raise ConfigError(f"cannot listen on {path}: another process does{holder}")
+            if exc.errno != errno.EPROTOTYPE:
+                raise ConfigError(f"cannot tell whether {path} is in use: {exc.strerror}") from exc
+            holder = "another process has a socket of another type there"
+    raise ConfigError(f"cannot listen on {path}: {holder}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,13 +14,23 @@ from hcd.errors import ConfigError
 from hcd.sockets import UnixListener, adopt_fd, is_listening, local_path
 
 
+LISTENS = """
+import socket, sys
+listener = socket.socket(socket.AF_UNIX, int(sys.argv[2]))
+listener.bind(sys.argv[1])
+listener.listen()
+print(flush=True)
+input()
+"""
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "d.sock"
 
 
-def answers(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as client:
+def answers(path: Path, kind: socket.SocketKind = socket.SOCK_STREAM) -> bool:
+    with socket.socket(socket.AF_UNIX, kind) as client:
         try:
             client.connect(str(path))
         except OSError:
@@ -44,12 +56,22 @@ def test_the_socket_of_a_dead_process_makes_room(path: Path) -> None:
     listener.close()
 
 
-def test_a_socket_that_somebody_answers_on_stays(path: Path) -> None:
-    first = UnixListener(str(path))
-    with pytest.raises(ConfigError, match="another process does"):
-        UnixListener(str(path))
-    assert answers(path)
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_SEQPACKET])
+def test_a_socket_that_somebody_answers_on_stays(path: Path, kind: socket.SocketKind) -> None:
+    """Whoever it is: here we are, there a child."""
+    first = UnixListener(str(path), kind)
+    with pytest.raises(ConfigError, match=f"cannot listen on {path}: this process does already"):
+        UnixListener(str(path), kind)
+    assert answers(path, kind)
     first.close()
+    with subprocess.Popen(
+        [sys.executable, "-c", LISTENS, path, str(int(kind))], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline()
+        with pytest.raises(ConfigError, match=rf"another process does \(pid {other.pid}\)"):
+            UnixListener(str(path), kind)
+        other.communicate(b"\n")
 
 
 def test_a_socket_whose_backlog_is_full_is_in_use(path: Path) -> None:
@@ -65,7 +87,7 @@ def test_a_socket_whose_backlog_is_full_is_in_use(path: Path) -> None:
 def test_a_socket_of_another_type_is_left_alone(path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
         other.bind(str(path))
-        with pytest.raises(ConfigError, match=r"cannot tell whether .* is in use"):
+        with pytest.raises(ConfigError, match="another process has a socket of another type there"):
             UnixListener(str(path))
         assert path.exists()
 

@@ -137,7 +137,7 @@ def test_it_keeps_the_contract(path: str) -> None:
 
 def test_a_socket_in_use_is_not_taken_away(path: str) -> None:
     """One that a dead process left is; and ours is gone in the end."""
-    with serve(Vsock, {"uds-path": path}), pytest.raises(ConfigError, match="another process does"):
+    with serve(Vsock, {"uds-path": path}), pytest.raises(ConfigError, match="this process does already"):
         serve(Vsock, {"uds-path": path}).__enter__()
     assert not os.path.exists(path)
     dead = socket.socket(socket.AF_UNIX)
