@@ -13,7 +13,6 @@ import pytest
 from hcd.errors import ConfigError
 from hcd.sockets import UnixListener, adopt_fd, is_listening, local_path
 
-
 LISTENS = """
 import socket, sys
 listener = socket.socket(socket.AF_UNIX, int(sys.argv[2]))
