@@ -78,6 +78,7 @@ class Backend:
         self.inflight: Inflight | None = None
         self._own_inflight = False
         self._tables: WeakSet[MemoryTable] = WeakSet()  # also those that requests in flight keep: they go with us
+        self._given_up: WeakSet[MemoryTable] = WeakSet()  # those of requests that outlived the drain
         self._replaced: list[MemoryTable] = []  # see release_memory
         self._doomed: list[MemoryTable] = []
         self._vrings = [self._make_vring(index, bell) for index, bell in enumerate(host.doorbells)]
@@ -217,8 +218,10 @@ class Backend:
         queue.start(self.features, vring.num, desc, avail, used, base, vring.big_endian)
         vring.resume, vring.left_at = False, None
         if queue.recovered:
-            self.host.log.info("queue %d: %d requests were in flight when the last back end ended; they are served "
-                               "now", queue.index, queue.recovered)
+            self.host.rare_log.log(
+                logging.INFO, (queue.index, "recovered"), "queue %d: %d requests were in flight when the last back end "
+                "ended; they are served now", queue.index, queue.recovered,
+            )
 
     # -- vrings
 
@@ -368,21 +371,26 @@ class Backend:
         vring.base = base
         if left:
             self._give_up(vring, left, age)
+        self._doom_given_up()
         return base
 
     def _give_up(self, vring: _Vring, left: int, age: float) -> None:
         """``left`` requests, the oldest ``age`` seconds old, outlived the drain: their memory is taken away, everybody
         else gets a twin of it."""
-        self.host.log.error(
-            "queue %d: %d requests did not end within %g s, the oldest has been there for %.1f s; they are given up, "
-            "their late answers go nowhere",
+        self.host.rare_log.error(
+            (vring.queue.index, "given up"), "queue %d: %d requests did not end within %g s, the oldest has been there "
+            "for %.1f s; they are given up, their late answers go nowhere",
             vring.queue.index, left, self.host.drain_timeout, age,
         )
         vring.queue.stats.handler_errors += left
         self.set_memory(self.memory.twin())
-        if not any(one.active and one.queue.inflight for one in self._vrings):
-            self._doomed += self._tables - {self.memory}
-        # else requests of running queues may still use it: it is revoked at the end of the session
+        self._given_up |= self._tables - {self.memory}
+
+    def _doom_given_up(self) -> None:
+        """Once no other ring has requests in flight, which may still use it; at the end of the session in any case."""
+        if not any(one.queue.is_started and one.queue.inflight for one in self._vrings):
+            self._doomed += self._given_up
+            self._given_up.clear()
 
     def _on_drained(self, queue: Virtqueue) -> None:
         vring = self._vrings[queue.index]
@@ -436,8 +444,10 @@ class Backend:
         queue.on_error = lambda _, error: host.device_failed("process(), cancelled with its session,", error)
         queue.on_drained = None
         if queue.inflight:
-            host.log.warning("queue %d: %d requests were in flight when the front end went away; their late answers "
-                             "go nowhere", queue.index, queue.inflight)
+            host.rare_log.warning(
+                (queue.index, "late"), "queue %d: %d requests were in flight when the front end went away; their late "
+                "answers go nowhere", queue.index, queue.inflight,
+            )
 
     # -- errors of guests and handlers
 

@@ -29,6 +29,7 @@ from hcd_protocols.virtio.features import RingFeature
 
 from hcd import qmp_places
 from hcd.doorbell import Path
+from hcd.log import RateLimited
 from hcd.qmp_client import QmpClient, QmpError, QmpRefused, connect
 from hcd.qom import children, devices, get
 
@@ -46,8 +47,6 @@ __all__ = [
 TIMEOUT = 10.0
 
 _NETDEV = re.compile(r"^[\s\\]*(?P<id>\S+): .*\bvhost-user\d+ to (?P<label>.+?)\s*$", re.MULTILINE)
-
-Logger = logging.Logger | logging.LoggerAdapter  # type: ignore[type-arg]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +87,14 @@ async def find_path(
     *,
     features: int,
     timeout: float = TIMEOUT,
-    log: Logger | None = None,
+    log: RateLimited | None = None,
 ) -> PathAnswer | None:
     """The path of the device that QEMU connected to ``listening_path``.
 
     ``features`` are those that the driver acknowledged. None, with a warning in ``log``, when QEMU cannot
     be asked or does not know. Raises nothing; ends within ``timeout`` seconds.
     """
-    log = log or logging.getLogger("hcd.qmp")
+    log = log or RateLimited(logging.getLogger("hcd.qmp"))
     reason = f"no answer within {timeout:g} s; it serves one client at a time, so hcd needs one of its own"
     try:
         with trio.move_on_after(timeout):
@@ -106,7 +105,7 @@ async def find_path(
             reason = f"{facts.type} on a bus of type {facts.bus_type} is of a kind that hcd does not know"
     except (QmpError, QmpRefused) as exc:
         reason = str(exc)
-    log.warning("the path stays unknown: QMP at %s: %s", qmp_socket, reason)
+    log.warning("the path", "the path stays unknown: QMP at %s: %s", qmp_socket, reason)
     return None
 
 

@@ -49,6 +49,24 @@ GET_VRING_BASE, VERSION = 11, 1
 #: where the state file says that a message is being handled
 BUSY_AT = 12
 
+#: says its configuration once a process, if it is told so
+SHY = """
+import os
+from hcd.device import Device
+
+class Shy(Device):
+    virtio_id = 63
+    asks = 0
+    def config(self):
+        self.asks += 1
+        if self.asks > 1 and os.environ.get("SHY"):
+            raise LookupError("not now")
+        return b"four"
+    def process(self, queue):
+        for request in queue:
+            request.complete()
+"""
+
 Start = Callable[..., Manager]
 
 
@@ -255,6 +273,26 @@ def test_what_was_told_once_holds_on(manage: Start, short_dir: Path) -> None:
         assert front.wait_back_message() is BackendRequest.CONFIG_CHANGE_MSG
         assert front.config(0, 8) == (4096).to_bytes(8, "little")
         assert size == 57
+
+
+def test_a_device_that_cannot_say_its_configuration_is_gone_on_with(
+    make_distribution: Callable[..., Path], short_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked whether that changed in between. As at any other time that is an error of the device, and counted."""
+    site = make_distribution("shy", "1", {"shy": "lamp_shy:Shy"}, {"lamp_shy": SHY})
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH", "")])))
+    configure(short_dir, DISK.partition("[[device]]")[0] + table("shy", "shy"))
+    with closing(Manager(short_dir, [sys.executable, "-m", "hcd", "run", str(short_dir / "hcd.toml")])) as manager:
+        manager.start()
+        with Frontend.open(short_dir / "shy.sock", timeout=30) as front:
+            assert front.config(0, 4) == b"four"
+            monkeypatch.setenv("SHY", "yes")
+            manager.restart(signal.SIGTERM)
+            assert handovers(short_dir) == {"resumed": 1, "failed": 0}
+            front.sync()
+        log = manager.log.read_text()
+    assert "Shy: config() raised LookupError: not now" in log
+    assert log.count("Traceback") == 1
 
 
 def test_a_second_restart_while_the_first_is_under_way(manage: Start, short_dir: Path) -> None:

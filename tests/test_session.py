@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
+import struct
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -245,6 +247,50 @@ async def test_drain_timeout(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
         assert "1 requests did not end" in caplog.text
 
 
+async def test_giving_a_request_up_costs_no_other_queue_its_memory(tmp_path: Path) -> None:
+    """QEMU disables all of them before it stops one after the other. What was given up is taken away after them."""
+    device = Echo("dev", {}, queues=2)
+    device.release_on_stop = False
+    async with served(device, tmp_path, drain_timeout=0.1) as s:
+        run = s.host.lane.run
+
+        def refused(request: Request) -> bool:
+            source = os.memfd_create("source")
+            try:
+                os.ftruncate(source, 8)
+                request.preadv(source, 0)
+            except GuestError:
+                return True
+            finally:
+                os.close(source)
+            return False
+
+        def answer(request: Request) -> None:
+            assert not refused(request)
+            request.write_at(0, b"answered")
+            request.complete()
+
+        def drive() -> None:
+            with Frontend.open(s.path, queues=2) as front:
+                targets = [front.memory.alloc(8) for _ in range(2)]
+                for index, target in enumerate(targets):
+                    front.queues[index].submit([(put(front, b"keep"), 4)], [(target, 8)])
+                    assert echo(front, b"next", index=index) == b"next"
+                for index in range(2):
+                    front.enable_queue(index, on=False)
+                front.sync()
+                assert front.stop_queue(0) == 2
+                stuck, other = sorted(device.kept, key=lambda request: request.queue.index)
+                trio.from_thread.run(run, lambda: answer(other))
+                assert front.stop_queue(1) == 2
+                assert front.memory.read(targets[1], 8) == b"answered"
+                assert trio.from_thread.run(run, lambda: refused(stuck))
+                trio.from_thread.run(run, stuck.complete)
+                device.kept.clear()
+
+        await s.in_thread(drive)
+
+
 async def test_a_handler_that_fails_when_it_is_cancelled_ends_nothing_but_itself(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -375,6 +421,22 @@ async def test_second_front_end_is_refused(tmp_path: Path, caplog: pytest.LogCap
 
         await s.in_thread(drive)
         assert "a second front end was refused" in caplog.text
+
+
+async def test_front_ends_that_never_read_fill_no_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each makes the kernel reset the connection."""
+    async with served(Echo("dev", {}), tmp_path) as s:
+        def drive() -> None:
+            for _ in range(20):
+                with socket.socket(socket.AF_UNIX) as front:
+                    front.connect(s.path)
+                    front.sendall(struct.pack("<III", 1, 1, 0))  # GET_FEATURES
+                    assert select.select([front], [], [], 20)[0]
+
+        await s.in_thread(drive)
+        while s.host.connected:
+            await trio.testing.wait_all_tasks_blocked()
+    assert 1 <= caplog.text.count("connection to the front end failed: Connection reset by peer") <= 5
 
 
 async def test_reconnects(tmp_path: Path) -> None:

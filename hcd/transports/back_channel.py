@@ -33,7 +33,8 @@ def open_back_channel(host: DeviceHost, fd: int) -> socket.socket:
         try:
             channel.send(message, socket.MSG_NOSIGNAL)
         except OSError as error:
-            host.log.warning("the front end was not told of a configuration change: %s", error.strerror)
+            host.rare_log.warning("the back channel", "the front end was not told of a configuration change: %s",
+                                  error.strerror)
         else:
             token.run_sync_soon(host.observe, "back", message)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import trio
 
 from hcd import qmp
@@ -40,7 +42,7 @@ class PathFinder:
             for attempt in range(QMP_ATTEMPTS):
                 if attempt:
                     await trio.sleep(QMP_PAUSE)
-                answer = await qmp.find_path(host.spec.qmp, self._socket, features=features, log=host.log)
+                answer = await qmp.find_path(host.spec.qmp, self._socket, features=features, log=host.rare_log)
                 if answer is not None:
                     break
             with trio.CancelScope(shield=True):
@@ -55,9 +57,10 @@ class PathFinder:
         conflict = answer.conflict(host.spec.path)
         host.path_conflict = bool(conflict)
         if conflict:
-            host.log.warning("%s", conflict)
+            host.rare_log.warning(("path", host.spec.path), "%s", conflict)
         elif host.path_is_open:
-            host.log.info("rings come by %s: %s (%s)", answer.path, answer.device, answer.kind)
+            host.rare_log.log(logging.INFO, "the path", "rings come by %s: %s (%s)", answer.path, answer.device,
+                              answer.kind)
             host.set_path(answer.path, PathSource.QMP, answer.kind, answer.place)
         else:
             host.set_place(answer.place)

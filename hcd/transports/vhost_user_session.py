@@ -137,7 +137,9 @@ class Session:
             self._protocol_error(str(error))
             await self._link.send_last()
         except OSError as error:
-            host.log.warning("connection to the front end failed: %s", error.strerror or error)
+            host.rare_log.warning(
+                "failed connections", "connection to the front end failed: %s", error.strerror or error
+            )
         except Exception as error:  # the device in connect, start_queue ...: it ends this connection, nothing else
             host.device_failed("a method that the connection cannot go on without", error)
         self._gone = True
@@ -243,5 +245,7 @@ class Session:
         await self._keeping.catch_up()
         if record.session.features:
             self._path.ask(nursery, record.session.features)
-        if record.config and await self.host.lane.run(self.host.device.config) != record.config:
-            self.host.device.notify_config_change()
+        if record.config:
+            config = await self.host.lane.run(lambda: self.host.read_config(self._conn.config_size))
+            if config and config != record.config:
+                self.host.device.notify_config_change()
