@@ -446,19 +446,26 @@ def test_a_function_waits_for_what_is_in_flight(host: Callable[..., Initiator], 
             assert set(initiator.good(read10(number * 128, 128), 65536)) == {number}
 
 
+@pytest.mark.parametrize("leaves", [False, True])
 def test_commands_that_wait_for_a_function_whose_queue_stops_are_carried_out(
-    host: Callable[..., Initiator], monkeypatch: pytest.MonkeyPatch
+    host: Callable[..., Initiator], image: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, leaves: bool
 ) -> None:
-    """The function fails; nobody is left who would let them go on later."""
-    initiator = host("ram:1M")
-    driver = initiator.driver
+    """The function fails; nobody is left who would let them go on later. Also on a disk that is about to be gone."""
+    path = image(1 << 20)
+    initiator = host("ram:1M", f"0:1={path},later")
+    driver, served = initiator.driver, served_by(initiator)
+    device: Any = served.device
     monkeypatch.setattr(Disk, "busy", True)
     answer, room = driver.make_room(1, fill=9), driver.make_room(RESPONSE_SIZE, fill=9)
-    lun = TMF.pack(0, TaskFunction.ABORT_TASK_SET, pack_lun(0, 0), 0)
+    lun = TMF.pack(0, TaskFunction.ABORT_TASK_SET, pack_lun(0, 1), 0)
     function = driver.queues[CONTROLQ].submit(driver.place(lun), answer)
-    until(lambda: served_by(initiator).metrics().total("hcd_requests_inflight", queue=str(CONTROLQ)) == 1)
-    held = driver.queues[REQUESTQ].submit(driver.place(command(bytes([Op.TEST_UNIT_READY]))), room)
-    until(lambda: served_by(initiator).metrics().total("hcd_requests_inflight", queue=str(REQUESTQ)) == 1)
+    until(lambda: served.metrics().total("hcd_requests_inflight", queue=str(CONTROLQ)) == 1)
+    write = command(read10(0, 1, Op.WRITE_10), b"x" * 512, unit=1)
+    held = driver.queues[REQUESTQ].submit(driver.place(write), room)
+    until(lambda: served.metrics().total("hcd_requests_inflight", queue=str(REQUESTQ)) == 1)
+    if leaves:
+        path.unlink()
+        served.run(lambda: device.resize(None))
     driver.stop_queue(CONTROLQ)
     assert driver.queues[CONTROLQ].wait_for(function) == 1
     assert driver.gather(answer) == bytes([Response.FAILURE])

@@ -167,7 +167,7 @@ class Scsi(Device):
             self._events.stop()
         for gate in (*self._gates.values(), *self._leaving.values()):
             gate.give_back(queue)
-        self._submit()
+            gate.disk.store.submit()
 
     # -- requests
 
