@@ -606,7 +606,7 @@ def test_listen_takes_over_from_the_dead_alone(console: Callable[..., ServedDevi
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
-        with pytest.raises(ConfigError, match="another process"):
+        with pytest.raises(ConfigError, match="this process"):
             console("listen:{dir}/tty")
     console("listen:{dir}/tty")
 

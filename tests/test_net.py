@@ -338,7 +338,7 @@ def test_link_follows_the_peer_and_comes_back(card: MakeCard, peer: Peer, monkey
     changes.wait(up=True)
     a.driver.send(frame(mac(3), mac(1)))
     got = read_frame(sock)
-    assert got[:6] == mac(3) if a.tx_drops else mac(2)
+    assert got[:6] == (mac(3) if a.tx_drops else mac(2))
 
 
 def test_peer_that_comes_later_is_found(card: MakeCard, short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
