@@ -41,14 +41,22 @@ class AsyncVirtqueue(Virtqueue):
     #: when the last ring woke us (CLOCK_MONOTONIC, ns), until its turn begins
     rung: int = 0
 
+    def begin(self) -> None:
+        """A turn begins."""
+        rung, self.rung = self.rung, 0
+        self.disable_kicks()
+        self.begin_turn(rung or time.monotonic_ns(), bool(rung), False)
+
     async def wait(self) -> None:
-        """Return when the ring may hold requests. A checkpoint."""
+        """End the turn; return when the ring may hold requests, in a new one. A checkpoint."""
+        self.end_turn()
         asleep = not self.enable_kicks() if self.passive else not self.available() and not self.enable_kicks()
         if asleep:
             self.ready = trio.Event()
             await self.ready.wait()
         else:
             await trio.lowlevel.checkpoint()
+        self.begin()
 
 
 class BellHandle(Protocol):
@@ -362,9 +370,7 @@ class TrioLane:
                 await queue.ready.wait()
                 queue.ready = trio.Event()
                 while queue.running:
-                    rung, queue.rung = queue.rung, 0
-                    queue.disable_kicks()
-                    queue.begin_turn(rung or time.monotonic_ns(), bool(rung), False)
+                    queue.begin()
                     try:
                         await stepwise(queue.handler(queue), slow)
                         check_turn(queue, None)

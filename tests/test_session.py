@@ -29,7 +29,7 @@ from hcd.frontend.client import Frontend
 from hcd.frontend.errors import BackendError
 from hcd.frontend.memory import MemorySlot, SharedMemory
 from hcd.host import DeviceHost
-from hcd.lanes import open_lanes
+from hcd.lanes import AsyncVirtqueue, open_lanes
 from hcd.transports import vhost_user
 
 T = TypeVar("T")
@@ -173,6 +173,37 @@ async def test_echo(kind: type[Echo], packed: bool, event_idx: bool, tmp_path: P
         (stats,), (bell,) = s.host.queue_stats, s.host.doorbells
         assert stats.requests(0, 0) == 200
         assert stats.found_by_ring + stats.found_by_poll == 200
+        assert bell.by_path[RingPath.UNKNOWN].rings == kicks > 0
+
+
+async def test_a_handler_that_waits_for_its_queue_begins_a_turn_each_time(tmp_path: Path) -> None:
+    """It never returns, and may take as much as comes in the course of time."""
+
+    class Waits(Echo):
+        async def process(self, queue: Virtqueue) -> None:
+            assert isinstance(queue, AsyncVirtqueue)
+            while True:
+                for request in queue:
+                    self.handle(request)
+                await queue.wait()
+
+    async with served(Waits("dev", {}), tmp_path) as s:
+        def drive() -> int:
+            with Frontend.open(s.path, size=256) as front:
+                source = put(front, b"x")
+                for _ in range(150):
+                    front.queues[0].ring.add([(source, 1)], [])
+                front.queues[0].publish()
+                done = 0
+                while done < 150:
+                    done += len(front.queues[0].wait())
+                assert echo(front, b"one more") == b"one more"
+                front.stop_queue(0)
+                return front.queues[0].kicks
+
+        kicks = await s.in_thread(drive)
+        (stats,), (bell,) = s.host.queue_stats, s.host.doorbells
+        assert stats.found_by_ring + stats.found_by_poll == 151
         assert bell.by_path[RingPath.UNKNOWN].rings == kicks > 0
 
 

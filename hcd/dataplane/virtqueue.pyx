@@ -736,7 +736,7 @@ cdef class Virtqueue:
         self.budget = BUDGET
         self.woken = woken
         self.by_ring = by_ring
-        self.had_work = ring_has_work(&self.ring)
+        self.had_work = self.ring.running and ring_has_work(&self.ring)
         self.found = self.stats.c.found_ring + self.stats.c.found_poll
         if by_ring:
             hist_add(&self.doorbell.c_dispatch, hcd_now() - woken)
