@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib
 import os
@@ -11,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis
 import pytest
@@ -108,6 +110,28 @@ def start_hcd(short_dir: Path) -> Iterator[Callable[..., HcdProcess]]:
     finally:
         for hcd in started:
             hcd.kill()
+
+
+@pytest.fixture
+def scarce(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], list[OSError]]:
+    """``scarce("package.module.select", "epoll")``: for that module alone ``select.epoll`` fails twice for want of
+    descriptors, then there are some again. Returns the failures."""
+
+    def make_scarce(place: str, maker: str) -> list[OSError]:
+        failures: list[OSError] = []
+        module = importlib.import_module(place.rpartition(".")[2])
+        make = getattr(module, maker)
+
+        def fail_twice(*arguments: object) -> object:
+            if len(failures) == 2:
+                return make(*arguments)
+            failures.append(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+            raise failures[-1]
+
+        monkeypatch.setattr(place, SimpleNamespace(**{**vars(module), maker: fail_twice}))
+        return failures
+
+    return make_scarce
 
 
 @pytest.fixture

@@ -26,6 +26,8 @@ from hcd.testing import Driver, Exchange, ServedDevice, check_device, serve
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
+Scarce = Callable[[str, str], list[OSError]]
+
 RX, TX, CONTROL_RX, CONTROL_TX, RX1, TX1 = range(6)
 READY, ADD, REMOVE, PORT_READY, CONSOLE_PORT, RESIZE, OPEN, NAME = ControlEvent
 
@@ -593,6 +595,33 @@ def test_connect(console: Callable[..., ServedDevice], short_dir: Path) -> None:
                 assert guest.receive(RX, 4) == b"ping"
                 guest.send(b"pong")
                 assert read_exactly(peer, 4) == b"pong"
+
+
+@pytest.mark.parametrize("kind", ["connect", "listen", "pty"])
+def test_a_process_that_is_out_of_descriptors_goes_on_later(
+    console: Callable[..., ServedDevice], connect: Any, short_dir: Path, scarce: Scarce,
+    monkeypatch: pytest.MonkeyPatch, kind: str,
+) -> None:
+    """A connection needs two, and there may be one, or none."""
+    for module in ("connector", "console_sockets", "console_pty"):
+        monkeypatch.setattr(f"hcd.devices.{module}.PAUSE", 0.01)
+    path = short_dir / "peer"
+    failures = [scarce("hcd.devices.console_stream.select", "epoll")]
+    with contextlib.ExitStack() as stack:
+        if kind == "connect":
+            failures.append(scarce("hcd.devices.connector.socket", "socket"))
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+            listener.bind(str(path))
+            listener.listen()
+        served = console(f"{kind}:{path}")
+        stack.enter_context(served.driver())
+        if kind == "listen":
+            assert [connect(path).recv(1) for _ in range(2)] == [b"", b""]
+            connect(path)
+        elif kind == "pty":
+            stack.callback(os.close, os.open(path, os.O_RDWR | os.O_NOCTTY))
+        until(lambda: served.device.ports[0].end.connected)
+    assert all(len(each) == 2 for each in failures)
 
 
 def test_listen_takes_over_from_the_dead_alone(console: Callable[..., ServedDevice], short_dir: Path) -> None:

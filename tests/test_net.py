@@ -357,6 +357,23 @@ def test_peer_that_comes_later_is_found(card: MakeCard, short_dir: Path, monkeyp
     peer.close()
 
 
+def test_a_process_that_is_out_of_descriptors_connects_later(
+    card: MakeCard, peer: Peer, scarce: Callable[[str, str], list[OSError]], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One for the socket is there, and none for what waits until it is writable."""
+    monkeypatch.setattr("hcd.devices.connector.PAUSE", 0.01)
+    failures = scarce("hcd.devices.net_stream.select", "epoll")
+    a = card(stream_to(peer))
+    for _ in range(2):
+        assert peer.accept().recv(1) == b""
+    sock = peer.accept()
+    sock.sendall(packed_frame(frame(mac(1), mac(2))))
+    assert a.driver.receive() == frame(mac(1), mac(2))
+    assert len(failures) == 2
+    assert caplog.text.count("Too many open files; trying again each second") == 1
+
+
 @pytest.mark.parametrize("length", [0, 13, MAX_FRAME + 1, 0xFFFFFFFF])
 def test_peer_out_of_step_is_hung_up_on(
     card: MakeCard, peer: Peer, length: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

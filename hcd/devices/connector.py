@@ -15,9 +15,10 @@ PAUSE = 1.0
 
 
 class Connector:
-    """Connects to ``path``, again each second while nobody listens there; the first failure is logged.
+    """Connects to ``path``, again each second while that fails; the first failure in a row is logged.
 
-    ``connected`` gets each connection, non-blocking, on the lane's thread. ``label`` is what the log calls it.
+    ``connected`` gets each connection, non-blocking, on the lane's thread, and raises OSError where it cannot have it:
+    a process may be out of descriptors for a while. ``label`` is what the log calls it.
     """
 
     def __init__(
@@ -57,15 +58,21 @@ class Connector:
         self._timer = None
         if self._stopped:
             return
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         try:
-            sock.connect(self._path)
+            self._make()
         except OSError as error:
-            sock.close()
             if not self._complained:
                 self._complained = True
                 self._log.warning("%s: %s; trying again each second", self._label, error.strerror)
             self.again()
             return
         self._complained = False
-        self._connected(sock)
+
+    def _make(self) -> None:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        try:
+            sock.connect(self._path)
+            self._connected(sock)
+        except BaseException:
+            sock.close()
+            raise

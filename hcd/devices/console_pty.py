@@ -74,7 +74,8 @@ class PtyEnd(StreamEnd):
         if self.fd < 0:
             return
         if not self.connected and not self._is_hung_up():
-            self._attach(self.fd)
+            with contextlib.suppress(OSError):  # out of descriptors: the next look may find some
+                self._attach(self.fd)
         rows, cols, _, _ = struct.unpack("HHHH", fcntl.ioctl(self.fd, termios.TIOCGWINSZ, bytes(8)))
         if (cols, rows) != self.size:
             self.size = (cols, rows)

@@ -26,8 +26,10 @@ class SocketEnd(StreamEnd):
         self._closed = False
 
     def _connected(self, sock: socket.socket) -> None:
+        """``sock`` is the end's from here on, unless OSError is raised."""
         sock.setblocking(False)
-        self._attach(sock.detach())
+        self._attach(sock.fileno())
+        sock.detach()
 
     def _after_loss(self) -> None:
         self._close_fd()
@@ -67,12 +69,19 @@ class ListenEnd(SocketEnd):
         except (BlockingIOError, ConnectionError):
             return  # it went away again
         except OSError as error:
-            self.log.warning("listen:%s: %s", self.path, error.strerror)
-            self._stop_accepting()
-            self._retry = self.lane.call_later(PAUSE, self._await_next)
+            self._pause(error)
             return
         self._stop_accepting()
-        self._connected(client)
+        try:
+            self._connected(client)
+        except OSError as error:
+            client.close()
+            self._pause(error)
+
+    def _pause(self, error: OSError) -> None:
+        self.log.warning("listen:%s: %s", self.path, error.strerror)
+        self._stop_accepting()
+        self._retry = self.lane.call_later(PAUSE, self._await_next)
 
     def _stop_accepting(self) -> None:
         for handle in (self._accepting, self._retry):

@@ -56,11 +56,11 @@ class StreamEnd(End):
     # -- connections
 
     def _attach(self, fd: int) -> None:
-        """``fd`` (ours, non-blocking) is connected from here on."""
-        self.fd = fd
+        """``fd`` (non-blocking) is connected and ours from here on, unless OSError is raised."""
+        epoll = select.epoll()
         self._blocked = self._leaving = False
-        self._epoll = select.epoll()
-        self._epoll.register(fd, self._events())
+        epoll.register(fd, self._events())
+        self.fd, self._epoll = fd, epoll
         self._watch = self.lane.watch(self._epoll.fileno(), self._happened)
         self.connected = True
         self.on_change()

@@ -58,9 +58,9 @@ class StreamLink(Link):
     # -- the connection
 
     def _connected(self, sock: socket.socket) -> None:
-        self._socket = sock
-        self._writable = select.epoll()
-        self._writable.register(sock.fileno(), select.EPOLLOUT)
+        writable = select.epoll()  # OSError: without it there is no connection
+        writable.register(sock.fileno(), select.EPOLLOUT)
+        self._socket, self._writable = sock, writable
         self._read_watch = self._lane.watch(sock.fileno(), self._readable)
         self.log.info("stream %s: connected", self._path)
         self.up = True
