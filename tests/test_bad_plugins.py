@@ -203,6 +203,15 @@ class Closes(Good):
         request.write(b"done")
         request.complete()
 
+class Hides(Good):
+    asks = 0
+    @property
+    def features(self):
+        self.asks += 1
+        if self.asks == 2:
+            sys.exit("features")
+        return 0
+
 class Refuses(Good):
     connects = 0
     def connect(self, features):
@@ -462,6 +471,20 @@ def test_a_device_that_calls_exit_ends_nothing_but_what_it_was_asked_for(
         assert driver.ask(b"now what", 8) == b"done"
     with Driver.open(short_dir / "bad") as driver:
         assert driver.ask(b"hello", 8) == b"done"
+
+
+def test_a_device_that_exits_when_it_is_asked_what_it_is_loses_this_connection(
+    start: Callable[[str], Bad], short_dir: Path
+) -> None:
+    """The next one is served."""
+    bad = start("hides")
+    with pytest.raises(BackendError, match="hung up"):
+        Driver.open(short_dir / "bad")
+    with Driver.open(short_dir / "bad") as driver:
+        assert driver.ask(b"hello", 8) == b"HELLO"
+    assert bad.errors() == 1
+    line = "Hides: what it is asked when a front end connects, raised PluginError: SystemExit(features)"
+    assert line in bad.hcd.log_text
 
 
 def test_an_operation_or_status_that_does_not_exist_fails_the_request(

@@ -15,6 +15,7 @@ from typing import Protocol
 import trio
 
 from hcd import sockets
+from hcd.errors import contained
 from hcd.host import HostBase, Peer
 
 __all__ = ["Session", "accept_one_at_a_time", "hung_up", "peer_of", "shown_pid"]
@@ -85,9 +86,9 @@ async def accept_one_at_a_time(
                         raise
                 try:
                     session = make(sock)
-                except Exception as error:  # the device, when it is asked what it is
+                except BaseException as error:  # the device, when it is asked what it is
                     sock.close()
-                    host.device_failed(f"what it is asked when a {what} connects", error)
+                    host.device_failed(f"what it is asked when a {what} connects,", contained(error))
                     continue
                 nursery.start_soon(_run_session, session, nursery if exit_on_disconnect else None)
 

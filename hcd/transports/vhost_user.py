@@ -10,6 +10,7 @@ import socket
 
 import trio
 
+from hcd.errors import contained
 from hcd.handover.recovery import Handed
 from hcd.host import DeviceHost
 from hcd.transports.accept import accept_one_at_a_time
@@ -47,11 +48,11 @@ def _session_of(handed: Handed | None, host: DeviceHost, qmp_path: str) -> Sessi
     connection = trio.socket.from_stdlib_socket(handed.connection())
     try:
         return Session(host, connection, qmp_path=qmp_path, handed=handed)
-    except Exception as error:
+    except BaseException as error:
         connection.close()
         handed.close()
         host.handovers_failed += 1
-        host.device_failed("what it is asked when a front end is taken over", error)
+        host.device_failed("what it is asked when a front end is taken over,", contained(error))
         return None
 
 
