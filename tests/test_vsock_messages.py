@@ -29,8 +29,13 @@ def paths(short_dir: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def served(paths: dict[str, str]) -> Iterator[ServedDevice]:
-    with serve(Vsock, {**paths, "buffer": BUFFER}) as device:
+def buffer() -> int:
+    return BUFFER
+
+
+@pytest.fixture
+def served(paths: dict[str, str], buffer: int) -> Iterator[ServedDevice]:
+    with serve(Vsock, {**paths, "buffer": buffer}) as device:
         yield device
         assert device.metrics().total("hcd_handler_errors_total") == 0
         assert device.crashes == []
@@ -137,6 +142,25 @@ def test_a_guest_in_the_middle_of_a_message_learns_of_all_its_credit(driver: Mes
     assert driver.expect(Op.CREDIT_UPDATE)[0].fwd_cnt == 3000
     driver.say(b"c" * 3000)
     assert host.recv(1 << 16) == b"b" * (BUFFER - 3000) + b"c" * 3000
+
+
+@pytest.mark.parametrize("buffer", [1 << 20])
+def test_a_message_is_as_long_as_the_buffer_if_the_kernel_allows_it(
+    driver: Messenger, host: socket.socket, buffer: int
+) -> None:
+    """A socket takes no message that is longer than its own buffer, of which the kernel has a largest size."""
+    longest = min(buffer, int(Path("/proc/sys/net/core/wmem_max").read_text()))
+    message = b"".join(b"%08d" % number for number in range(longest // 8))
+    parts = [message[at : at + 60000] for at in range(0, len(message), 60000)]
+    driver.say(*parts)
+    assert host.recv(buffer) == message
+
+
+@pytest.mark.parametrize("buffer", [16 << 20])
+def test_a_message_that_no_socket_takes_ends_the_connection(driver: Messenger, host: socket.socket) -> None:
+    driver.say(*[bytes(64000)] * 250)
+    driver.expect(Op.RST)
+    assert host.recv(100) == b""
 
 
 def test_more_than_its_credit_ends_the_connection(

@@ -208,9 +208,12 @@ class Channel:
             return self._socket.send(data)
         except BlockingIOError:
             return 0
-        except OSError:
-            self._host_takes_no_more()
+        except OSError as error:
+            self._not_sent(error)
             return 0
+
+    def _not_sent(self, error: OSError) -> None:
+        self._host_takes_no_more()
 
     def _host_takes_no_more(self) -> None:
         self.connection.shut(Shutdown.RECEIVE)

@@ -132,6 +132,11 @@ class Connection:
         self._received += size
 
     @property
+    def room(self) -> int:
+        """Bytes of the whole buffer for the guest's data."""
+        return self._buf_alloc
+
+    @property
     def unforwarded(self) -> int:
         """Bytes of the guest that are in the buffer."""
         return self._received - self._forwarded

@@ -1,7 +1,8 @@
 """A connection of type SEQPACKET: messages instead of bytes, on a unix socket of type SOCK_SEQPACKET.
 
 * A packet of the guest may hold a part of a message. The parts wait in the buffer, which the guest's credit limits,
-  until the message is whole: it goes to the socket in one piece or not at all.
+  until the message is whole: it goes to the socket in one piece or not at all. A socket takes none that is longer than
+  its own buffer; one for which there is no room in the kernel ends the connection.
 * A message of the host is read whole, and goes to the guest in as many packets as its receive buffers and its credit
   make of it. One that is longer than MOST, or than the guest's whole buffer, ends the connection.
 * A message of no bytes cannot be told from the end on the host's side, and is left out.
@@ -9,6 +10,8 @@
 
 from __future__ import annotations
 
+import errno
+import socket
 from collections import deque
 from typing import Any
 
@@ -28,6 +31,9 @@ class MessageChannel(Channel):
 
     def __init__(self, *parts: Any) -> None:
         super().__init__(*parts)
+        assert self._socket is not None
+        if self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) < 2 * self.connection.room:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.connection.room)  # doubled by the kernel
         self._whole: deque[int] = deque()  # lengths of the messages in the buffer; behind them is the begun one
         self._begun = 0
         self._rest = b""  # of a message of the host
@@ -56,6 +62,11 @@ class MessageChannel(Channel):
             self._whole.popleft()
             del self._buffer[:sent]
             self.connection.forwarded(sent)
+
+    def _not_sent(self, error: OSError) -> None:
+        super()._not_sent(error)
+        if error.errno in (errno.EMSGSIZE, errno.ENOBUFS, errno.ENOMEM):
+            self.connection.abort()  # the host is there, and would miss one of the messages
 
     def _forget(self) -> None:
         super()._forget()
