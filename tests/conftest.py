@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import errno
-import gc
 import importlib
 import os
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +16,7 @@ import hypothesis
 import pytest
 
 from hcd.demo.hcd_process import HcdProcess, Resources
+from hcd.testing.settle import settled_growth
 
 # How long an example takes says something about the machine, and nothing about the code.
 hypothesis.settings.register_profile("hcd", deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
@@ -64,19 +63,8 @@ def no_leaks() -> Iterator[None]:
     """Fails a test that leaves descriptors, threads or guest memory behind in this process."""
     before = Resources()
     yield
-    growth = settled_growth(before, Resources)
+    growth = settled_growth(before, Resources, seconds=5)
     assert not growth, f"the test left behind: {growth}"
-
-
-def settled_growth(before: Resources, now: Callable[[], Resources], seconds: float = 5) -> str:
-    """What has grown since ``before`` and does not go away by itself: a thread that ends takes a moment."""
-    deadline = time.monotonic() + seconds
-    while True:
-        growth = now().growth_since(before)
-        if not growth or time.monotonic() > deadline:
-            return growth
-        gc.collect()  # only where it matters: it takes longer than most tests
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -84,7 +72,7 @@ def expect_settled() -> Callable[[HcdProcess, Resources], None]:
     """``expect_settled(hcd, before)``: the daemon holds again what it held before, and nothing more."""
 
     def check(hcd: HcdProcess, before: Resources) -> None:
-        growth = settled_growth(before, hcd.resources)
+        growth = settled_growth(before, hcd.resources, seconds=5)
         assert not growth, f"hcd still holds: {growth}"
 
     return check

@@ -69,6 +69,21 @@ def test_exchanges_are_of_the_kind_of_the_device() -> None:
 
 
 @pytest.mark.usefixtures("no_leaks")
+@pytest.mark.parametrize(
+    ("ring", "text"),
+    [
+        (Ring("subtract", "done"), 'no doorbell "subtract"; it has add, clear'),
+        (Ring("add", "ready"), 'no interrupt "ready"; it has done'),
+        (Ring("add", "done", memory={4095: b"ab"}), "2 bytes at 0xfff; the shared memory has 4096 bytes"),
+        (Ring("add", "done", answer={-1: b"a"}), "1 bytes at -0x1; the shared memory"),
+    ],
+)
+def test_exchanges_about_what_is_not_there_are_refused(ring: Ring, text: str) -> None:
+    """The test is wrong, not the device."""
+    with pytest.raises(ValueError, match=text):
+        check_device(faulty_bells.Adder, exchanges=[ring])
+
+
 def test_serving_for_a_test_of_ones_own() -> None:
     """A plug-in's test in a few lines, with metrics."""
     with serve(faulty_bells.Adder, name="sums") as served:

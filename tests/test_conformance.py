@@ -68,6 +68,13 @@ def test_the_error_shows_every_finding() -> None:
     assert caught.value.findings
 
 
+@pytest.mark.parametrize("queue", [1, -1])
+def test_an_exchange_on_a_queue_that_is_not_there_is_refused(queue: int) -> None:
+    """The test is wrong, not the device."""
+    with pytest.raises(ValueError, match=f"on queue {queue}: the device has 1, "):
+        check_device(faulty_devices.Shout, exchanges=[Exchange(b"hello", 64, queue=queue)])
+
+
 def test_a_rule_can_be_skipped() -> None:
     """An author who knows better says so in the test."""
     check_device(faulty_devices.ConfigGrows, exchanges=SHOUTS, skip={"config"})

@@ -31,7 +31,7 @@ from hcd.testing import ring_rules, rules
 from hcd.testing.exchanges import Exchange
 from hcd.testing.ring_rules import Ring, RingRun
 from hcd.testing.rules import LAYOUTS, Run
-from hcd.testing.scene import Broken, Scene
+from hcd.testing.scene import Broken, MisfitError, Scene
 from hcd.testing.serving import DoorbellSource, Served, ServedDevice, ServedDoorbells, Source, make_device, serve
 from hcd.testing.settle import settled_growth
 
@@ -87,7 +87,8 @@ def check_device(
     """Raise ConformanceError unless ``device`` keeps the contract of :mod:`hcd.device`.
 
     ``device`` and ``options`` as for :func:`hcd.testing.serve`. ``exchanges``: requests that must work, each with its
-    answer where that is known, or rings and how they are answered; the more are given, the more is found.
+    answer where that is known, or rings and how they are answered; the more are given, the more is found. ValueError
+    for such that are about what the device does not have.
     ``skip``: rules whose findings do not count. ``timeout``: how long (seconds) an exchange may take.
     """
     made = make_device(device, options)
@@ -150,6 +151,8 @@ class _Check:
                     self.run_rules(served, log)
             for error in served.crashes:
                 self.add("life", f"close() raised {shown(error)}")
+        except MisfitError:
+            raise
         except PluginError as error:
             self.add("declaration", str(error))
         except Exception as error:
@@ -202,6 +205,9 @@ class _RequestCheck(_Check):
 
     def run_rules(self, served: ServedDevice, log: _LogWatch) -> None:
         holding: set[int] = set()  # queues that hold requests until they stop
+        for exchange in self.exchanges:
+            if not 0 <= exchange.queue < self.device.num_queues:
+                raise MisfitError(f"{exchange}: the device has {self.device.num_queues}, the first one is queue 0")
         layouts = [*LAYOUTS, *(rules.IN_ORDER_LAYOUTS if self.device.in_order else ())]
         for name, rule in rules.RULES.items():
             known = len(self.found)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from hcd_protocols.doorbell import Item, Kind
 
 from hcd.frontend.errors import BackendError
-from hcd.testing.scene import Broken, Scene, reconnect
+from hcd.testing.scene import Broken, MisfitError, Scene, reconnect
 from hcd.testing.serving import ServedDoorbells
 from hcd.testing.vmm import Vmm
 
@@ -81,6 +81,7 @@ class RingRun(Scene):
     def must_answer(self, ring: Ring) -> None:
         """An exchange of the author's."""
         vmm = self.vmm
+        self._fits(ring)
         for offset, data in ring.memory.items():
             with vmm.map_memory() as memory:
                 memory[offset : offset + len(data)] = data
@@ -96,6 +97,18 @@ class RingRun(Scene):
             if found != expected:
                 raise Broken(f"{ring}, {self.step}: at {offset:#x} of the memory is {found!r}; expected {expected!r}",
                              "answer")
+
+    def _fits(self, ring: Ring) -> None:
+        """MisfitError unless the device has what ``ring`` is about."""
+        for kind, name in ((Kind.DOORBELL, ring.doorbell), (Kind.INTERRUPT, ring.interrupt)):
+            if name not in (names := self.vmm.names(kind)):
+                found = ", ".join(names) or "none"
+                raise MisfitError(f'{ring}: the device has no {kind.name.lower()} "{name}"; it has {found}')
+        memory = self.served.host.memory
+        size = 0 if memory is None else memory.size
+        for offset, data in (*ring.memory.items(), *ring.answer.items()):
+            if not 0 <= offset <= size - len(data):
+                raise MisfitError(f"{ring}: {len(data)} bytes at {offset:#x}; the shared memory has {size} bytes")
 
     def work_once(self) -> None:
         for ring in self.exchanges:

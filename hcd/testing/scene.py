@@ -11,7 +11,7 @@ from hcd.testing.serving import Served
 from hcd.testing.settle import settled_growth
 from hcd.testing.vmm import Vmm
 
-__all__ = ["Broken", "Scene", "reconnect"]
+__all__ = ["Broken", "MisfitError", "Scene", "reconnect"]
 
 #: connections in a row
 RECONNECTS = 5
@@ -23,6 +23,10 @@ class Broken(Exception):
     def __init__(self, text: str, rule: str = "") -> None:
         super().__init__(text)
         self.rule = rule
+
+
+class MisfitError(ValueError):
+    """An exchange is about something that the device does not have: the test is to blame."""
 
 
 class Scene:
