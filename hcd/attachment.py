@@ -135,14 +135,14 @@ class Attachment:
         """The VMM removed these."""
         for reference in references:
             if (hosted := self._answered.pop(reference, None)) is not None:
-                hosted.doorbell.registered = None
+                hosted.doorbell.set_registered(None)
             if (served := self._served.pop(reference, None)) is not None:
                 self._stop(served)
                 os.close(self._fds.pop(reference))
 
     def _settle_doorbell(self, outcome: Outcome, hosted: HostedDoorbell) -> None:
         host, item, doorbell = self._host, hosted.item, hosted.doorbell
-        doorbell.registered = outcome.error == 0
+        doorbell.set_registered(outcome.error == 0)
         if outcome.error:
             host.rare_log.warning(f"doorbell {item.name}", "doorbell %s (%s %s) is not registered: %s%s", item.name,
                                   doorbell.path, item, _explain(outcome.error), self._lacking(doorbell.kind))
@@ -251,7 +251,7 @@ class Attachment:
             self._stop(served)
         self._served.clear()
         for hosted in self._answered.values():
-            hosted.doorbell.registered = None
+            hosted.doorbell.set_registered(None)
         self._answered.clear()
         for interrupt in host.interrupts.values():
             interrupt.line.set_fd(-1)

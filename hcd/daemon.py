@@ -162,7 +162,7 @@ async def _serve_all(daemon: _Daemon, stack: AsyncExitStack) -> None:
         if daemon.watchdog is not None:
             nursery.start_soon(watch.keep_watchdog, daemon.notifier, lanes.reactor, daemon.watchdog)
         if listeners:
-            render = cold.Renderer(supervisor.hot, supervisor.hosts, supervisor.registry)
+            render = cold.Renderer(supervisor.hot, supervisor.registry)
             nursery.start_soon(keep_up, "metrics", lambda: server.serve(listeners, render))
         async with trio.open_nursery() as sessions:
             for host in supervisor.hosts:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from hcd.dataplane.stats import DoorbellStats
+from hcd.instruments import Instruments
 
 __all__ = ["Doorbell", "Path", "PathSource", "Registry"]
 
@@ -56,19 +57,21 @@ class Doorbell:
     source: PathSource = PathSource.NONE
     by_path: dict[Path, DoorbellStats] = field(default_factory=dict)
     pending: bool = False
-    #: whether the VMM registered it; None: nobody is attached, or it is not for hcd to know
+    #: see :meth:`set_registered`
     registered: bool | None = None
     stats: DoorbellStats = field(default_factory=DoorbellStats)
     on_change: Callable[[Doorbell], None] | None = None
-    #: the labels of its hcd_doorbell_info, kept because a scrape reads those of hundreds
-    info: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        self._tell()
+    #: called when what is told of it has changed
+    on_told: Callable[[], None] | None = None
 
     def set_address(self, address: str) -> None:
         """Where it is, as logs and metrics show it; "" when that is not known."""
         self.address = address
+        self._tell()
+
+    def set_registered(self, registered: bool | None) -> None:
+        """Whether the VMM registered it; None: nobody is attached, or it is not for hcd to know."""
+        self.registered = registered
         self._tell()
 
     def await_path(self) -> None:
@@ -96,7 +99,8 @@ class Doorbell:
         return True
 
     def _tell(self) -> None:
-        self.info = (self.device, self.queue, self.path, self.source, self.kind, self.transport, self.address)
+        if self.on_told is not None:
+            self.on_told()
 
     def _switch(self, stats: DoorbellStats) -> None:
         self.stats = stats
@@ -105,19 +109,41 @@ class Doorbell:
 
 
 class Registry:
-    """Every doorbell of the process, in the order of their registration. Any thread."""
+    """What the process has to tell of: every doorbell, in the order of their registration, and the metrics that devices
+    declared themselves. Any thread."""
 
     def __init__(self) -> None:
+        #: another object whenever something about the doorbells has changed; to be read before them
+        self.version = object()
         self._doorbells: list[Doorbell] = []
+        self._instruments: dict[str, Instruments] = {}
         self._lock = threading.Lock()
 
     def add(self, doorbell: Doorbell) -> None:
         with self._lock:
             self._doorbells.append(doorbell)
+        doorbell.on_told = self._changed
+        self._changed()
+
+    def add_instruments(self, device: str, instruments: Instruments) -> None:
+        """Tell of the device's own metrics, if it has any."""
+        if instruments:
+            with self._lock:
+                self._instruments[device] = instruments
 
     def remove_device(self, device: str) -> None:
         with self._lock:
             self._doorbells = [d for d in self._doorbells if d.device != device]
+            self._instruments.pop(device, None)
+        self._changed()
+
+    def instruments(self) -> list[tuple[str, Instruments]]:
+        """Those of every device that declared metrics, with its name."""
+        with self._lock:
+            return list(self._instruments.items())
+
+    def _changed(self) -> None:
+        self.version = object()
 
     def __iter__(self) -> Iterator[Doorbell]:
         with self._lock:

@@ -66,19 +66,15 @@ class DoorbellHost(HostBase):
         #: set by the session: the device changed its doorbells (added, removed)
         self.on_change: Callable[[Sequence[HostedDoorbell], Sequence[HostedDoorbell]], None] | None = None
         self.wrapping = RingStack(spec.wrap, device, self.lane, self.log)
-        self._ring_errors = 0
         self._ids = itertools.count(1)
         self._known: dict[str, Doorbell] = {}  # also those that the device has no longer: their series stay
-
-    @property
-    def handler_errors(self) -> int:
-        return self._ring_errors + self.device_errors
 
     async def open(self) -> None:
         self._refuse_declarations()
         device = self.device
         await self._open_device()
         try:
+            self._export()
             self._read_memory()
             for made in self._make(device.doorbells):
                 self._add(made)
@@ -173,7 +169,7 @@ class DoorbellHost(HostBase):
 
     def handler_failed(self, bell: Bell, error: Exception) -> None:
         """``ring`` raised."""
-        self._ring_errors += 1
+        self.stats.add_handler_errors()
         self.rare_log.error(
             (bell.name, type(error).__name__),
             "doorbell %s: the handler of %s failed: %s",
@@ -183,7 +179,7 @@ class DoorbellHost(HostBase):
 
     def handler_unfinished(self, bell: Bell) -> None:
         """The VMM is gone, and a handler does not end."""
-        self._ring_errors += 1
+        self.stats.add_handler_errors()
         self.rare_log.error(
             "handlers that do not end",
             "doorbell %s: the handler of %s did not end within %g s after the VMM had gone, and is cancelled",
@@ -192,7 +188,7 @@ class DoorbellHost(HostBase):
 
     def keeps_memory(self) -> None:
         """The device was told ``disconnect``, and has a view of the shared memory still."""
-        self.device_errors += 1
+        self.stats.add_handler_errors()
         self.rare_log.error("views of memory", "%s keeps a view of the shared memory after disconnect()",
                             type(self.device).__name__)
 

@@ -15,7 +15,7 @@ import trio
 from hcd_protocols.virtio.features import RingFeature
 
 from hcd.config import DeviceSpec
-from hcd.dataplane.stats import HotText, QueueStats
+from hcd.dataplane.stats import DeviceStats, HotText, QueueStats
 from hcd.dataplane.virtqueue import Limit, Virtqueue
 from hcd.declaration import config_fault, unusable_when_open
 from hcd.device import Device, DeviceBase
@@ -23,7 +23,6 @@ from hcd.device_lane import DeviceLane
 from hcd.doorbell import Doorbell, Path, PathSource, Registry
 from hcd.errors import PluginError, contained, shown
 from hcd.handover.fdstore import FdStore
-from hcd.instruments import Instruments
 from hcd.lanes import Lanes, QueueLane
 from hcd.log import RateLimited
 from hcd.qmp_places import Place
@@ -120,24 +119,17 @@ class HostBase:
         self.rare_log = RateLimited(self.log)
         #: called whenever a peer has come or gone, on the thread where that is noticed
         self.on_connection: Callable[[], None] | None = None
-        self._connected = False
+        #: what is counted of the device as a whole
+        self.stats = DeviceStats()
         #: the connection that is served now
         self.session: SessionView | None = None
         self.observers: list[Observer] = []
-        self.protocol_errors = 0
-        self.path_conflict = False
         #: what the service manager keeps for the next process; None: nothing
         self.store: FdStore | None = None
-        #: the session that is kept there, while there is one
-        self.kept: LeavingSession | None = None
-        #: sessions of an earlier process that were gone on with, or could not be
-        self.handovers_resumed = 0
-        self.handovers_failed = 0
+        self._kept: LeavingSession | None = None
         #: the process ends, and leaves what is kept to the next one
         self.leaving = False
         self._accepting = trio.CancelScope()
-        #: how often a method other than the handler raised what it must not
-        self.device_errors = 0
         self.transport = device.transport
         self._device = device
         self._slow = lanes.slow
@@ -154,35 +146,23 @@ class HostBase:
     @property
     def connected(self) -> bool:
         """Whether a peer is connected."""
-        return self._connected
+        return bool(self.stats.connected)
 
     @connected.setter
     def connected(self, connected: bool) -> None:
-        self._connected = connected
+        self.stats.connected = connected
         if self.on_connection is not None:
             self.on_connection()
 
     @property
-    def slow_steps(self) -> int:
-        """How often code of the device held up everybody on its lane."""
-        return self._slow.counts.get(self.spec.name, 0)
+    def kept(self) -> LeavingSession | None:
+        """The session that the service manager keeps, while there is one."""
+        return self._kept
 
-    @property
-    def instruments(self) -> Instruments:
-        """The device's own metrics."""
-        return self._device.instruments
-
-    @property
-    def stuck_requests(self) -> int:
-        return 0
-
-    @property
-    def guest_errors(self) -> int:
-        return 0
-
-    @property
-    def handler_errors(self) -> int:
-        return 0
+    @kept.setter
+    def kept(self, session: LeavingSession | None) -> None:
+        self._kept = session
+        self.stats.handover_ready = session is not None
 
     async def open(self) -> None:
         """Open the device and make its counters known. ConfigError when it cannot be opened."""
@@ -192,6 +172,12 @@ class HostBase:
         """Go on as ``spec``, which differs only in what can be changed while a peer is connected. Returns at once, also
         while the lane hangs."""
         self.spec = spec
+
+    def _export(self) -> None:
+        """What is counted of the device is told from now on, until it is closed."""
+        self._hot.add_device(self.spec.name, self.stats)
+        self._registry.add_instruments(self.spec.name, self._device.instruments)
+        self._slow.devices[self.spec.name] = self.stats
 
     async def _open_device(self) -> None:
         """A plain device may take its time in ``open``, for a lock say: not at the cost of trio's side."""
@@ -210,7 +196,7 @@ class HostBase:
         """Take the device's series away and release what it holds."""
         self._registry.remove_device(self.spec.name)
         self._hot.remove_device(self.spec.name)
-        self._slow.counts.pop(self.spec.name, None)
+        self._slow.devices.pop(self.spec.name, None)
         try:
             self._device.close()
         except BaseException as error:
@@ -241,7 +227,7 @@ class HostBase:
 
     def device_failed(self, what: str, error: Exception) -> None:
         """``what`` (a method of the device) raised ``error``, which is nobody's fault but its own."""
-        self.device_errors += 1
+        self.stats.add_handler_errors()
         self.rare_log.error((what, type(error).__name__), "%s: %s raised %s", type(self._device).__name__, what,
                             shown(error))
         self.trace_once(error)
@@ -280,24 +266,19 @@ class DeviceHost(HostBase):
         self.device = device
         self.doorbells: list[Doorbell] = []
         self.queue_stats: list[QueueStats] = []
-        #: by queue: how many requests are in flight for longer than ``spec.stuck_after`` (:mod:`hcd.stuck`)
-        self.stuck: dict[int, int] = {}
+        self._stuck: dict[int, int] = {}
         #: shared by the queues of every session
         self.limit = Limit()
         self.limit.set(*spec.limits.arguments())
         self.wrapping = RequestStack(spec.wrap, device, self.lane, self.log)
 
-    @property
-    def stuck_requests(self) -> int:
-        return sum(self.stuck.values())
+    def stuck_in(self, queue: int) -> int:
+        """How many requests of ``queue`` are in flight for longer than ``spec.stuck_after`` (:mod:`hcd.stuck`)."""
+        return self._stuck.get(queue, 0)
 
-    @property
-    def guest_errors(self) -> int:
-        return sum(stats.guest_errors for stats in self.queue_stats)
-
-    @property
-    def handler_errors(self) -> int:
-        return self.device_errors + sum(stats.handler_errors for stats in self.queue_stats)
+    def set_stuck(self, queue: int, count: int) -> None:
+        self._stuck[queue] = count
+        self.stats.stuck_requests = sum(self._stuck.values())
 
     @property
     def drops(self) -> int:
@@ -324,6 +305,7 @@ class DeviceHost(HostBase):
         await self._open_device()
         try:
             self._check_device()
+            self._export()
             for index in range(self.device.num_queues):
                 self._add_queue(str(index))
         except BaseException:
@@ -361,7 +343,7 @@ class DeviceHost(HostBase):
         return config
 
     def _add_queue(self, queue: str) -> None:
-        stats = QueueStats(self.device.operations)
+        stats = QueueStats(self.device.operations, self.stats)
         self.queue_stats.append(stats)
         self._hot.add_queue(self.spec.name, queue, stats)
         doorbell = Doorbell(device=self.spec.name, queue=queue, transport="vhost-user")

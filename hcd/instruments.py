@@ -118,6 +118,10 @@ class Instruments:
             raise LookupError(f'metric "{name}" has no series {dict(labels)}; its labels are {dict(metric.labels)}')
         return found
 
+    def __len__(self) -> int:
+        """How many families."""
+        return len(self._families)
+
     def families(self) -> Iterator[tuple[Metric, Mapping[tuple[str, ...], Instrument]]]:
         """Every declaration with its series, by the values of its labels in their order."""
         yield from self._families.values()

@@ -14,6 +14,7 @@ from types import coroutine
 from typing import Any
 
 from hcd.dataplane.bell import Bell
+from hcd.dataplane.stats import DeviceStats
 from hcd.dataplane.virtqueue import Virtqueue
 from hcd.log import RateLimited
 
@@ -29,14 +30,15 @@ class SlowSteps:
     """The slow steps of all devices of one daemon. Lanes note them, on their threads."""
 
     def __init__(self) -> None:
-        #: how many, by device
-        self.counts: dict[str, int] = {}
+        #: where they are counted, by the device's name
+        self.devices: dict[str, DeviceStats] = {}
         #: called for each: device, what it was, and its nanoseconds
         self.on_slow: Callable[[str, str, int], None] | None = None
         self._rare = RateLimited(_log, limit=1)
 
     def note(self, device: str, what: str, ns: int) -> None:
-        self.counts[device] = self.counts.get(device, 0) + 1
+        if (stats := self.devices.get(device)) is not None:
+            stats.slow_steps += 1
         self._rare.warning(
             f"slow handlers of {device}",
             "%s: %s took %.0f ms; every device of this process waited that long", device, what, ns / 1e6,

@@ -50,11 +50,11 @@ class StuckRequests:
                     "(%g s)", index, age, limit,
                 )
             self._ages[key] = age
-            host.stuck[index] = max(1, host.stuck.get(index, 0))
+            host.set_stuck(index, max(1, host.stuck_in(index)))
             _count(host, index, limit)
         elif key in self._ages:
             lasted = self._ages.pop(key)
-            host.stuck.pop(index, None)
+            host.set_stuck(index, 0)
             host.rare_log.log(
                 logging.INFO, (index, "not stuck"), "queue %d: no request is stuck any more; one was in flight for "
                 "%.1f s at least", index, lasted,
@@ -66,8 +66,8 @@ def _count(host: DeviceHost, index: int, limit: float) -> None:
     queues = host.session.queues() if host.session is not None else ()
 
     def count() -> None:
-        if index in host.stuck:
-            host.stuck[index] = max(1, queues[index].older_than(int(limit * NS)))
+        if host.stuck_in(index):
+            host.set_stuck(index, max(1, queues[index].older_than(int(limit * NS))))
 
     if queues:
         host.lane.post(count)

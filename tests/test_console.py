@@ -207,7 +207,7 @@ def test_bytes_go_both_ways(console: Callable[..., ServedDevice], connect: Any, 
             assert guest.receive(RX, min(size, 6000)) == data[:6000]
         assert total(served, "tx") == 3
         assert total(served, "rx") > 3
-        assert not served.host.handler_errors
+        assert not served.host.stats.handler_errors
 
 
 def test_what_nobody_reads_is_dropped_and_counted(
@@ -461,8 +461,8 @@ def test_senseless_control_messages(console: Callable[..., ServedDevice]) -> Non
             driver.ask(message or b"", room=0 if message else 8, queue=CONTROL_TX)
         guest.tell(0, READY, 0)
         guest.tell(1, PORT_READY, 0)
-        assert served.host.guest_errors == len(bad)
-        assert served.host.handler_errors == 0
+        assert served.host.stats.guest_errors == len(bad)
+        assert served.host.stats.handler_errors == 0
         set_up(guest)
 
 

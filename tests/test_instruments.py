@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,21 +117,12 @@ def test_a_type_with_bad_declarations_is_refused(make_distribution: Callable[...
     assert "metric.lamp_x.kind=gauge" in said
 
 
-@dataclass
-class Host:
-    spec: Any
-    instruments: Instruments
-
-
-def host(name: str, *declared: Metric) -> Host:
-    return Host(SimpleNamespace(name=name), Instruments(declared))
-
-
 def test_devices_of_one_type_share_a_family_and_leave_it(caplog: pytest.LogCaptureFixture) -> None:
     """Two types that declare a name differently cannot both have it: the first one does, the log says so once."""
-    hosts = [host("a", LEVEL), host("b", LEVEL), host("c", Metric("lamp_level", "histogram", "Another."), TURNS)]
+    another = Metric("lamp_level", "histogram", "Another.")
+    devices = [(name, Instruments((LEVEL,))) for name in "ab"] + [("c", Instruments((another, TURNS)))]
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(OwnCollector(hosts))
+    registry.register(OwnCollector(lambda: devices))
     for _ in range(2):
         families = {f.name: f for f in text_string_to_metric_families(generate_latest(registry).decode())}
         assert [sample.labels["device"] for sample in families["hcd_device_lamp_level"].samples] == ["a", "b"]
@@ -141,7 +130,7 @@ def test_devices_of_one_type_share_a_family_and_leave_it(caplog: pytest.LogCaptu
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == [
         "hcd_device_lamp_level of device c is left out: another device type declares it otherwise"
     ]
-    del hosts[0]
+    del devices[0]
     text = generate_latest(registry).decode()
     assert 'device="a"' not in text
     assert 'device="b"' in text
@@ -151,11 +140,11 @@ def test_devices_of_one_type_share_a_family_and_leave_it(caplog: pytest.LogCaptu
 def test_what_is_no_number_hides_one_series_and_no_other(value: Any, caplog: pytest.LogCaptureFixture) -> None:
     """A plug-in that puts something into an instrument must not take /metrics from everybody."""
     name = f"lamp-{value}"
-    hosts = [host(name, LEVEL, LIT), host("b", LEVEL)]
-    (gauge,) = [series[()] for metric, series in hosts[0].instruments.families() if metric is LEVEL]
+    devices = [(name, Instruments((LEVEL, LIT))), ("b", Instruments((LEVEL,)))]
+    (gauge,) = [series[()] for metric, series in devices[0][1].families() if metric is LEVEL]
     gauge.value = value  # type: ignore[union-attr]
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(OwnCollector(hosts))
+    registry.register(OwnCollector(lambda: devices))
     text = generate_latest(registry).decode()
     assert 'hcd_device_lamp_level{device="b"} 0.0' in text
     assert f'hcd_device_lamp_lit_seconds_sum{{device="{name}"}} 0.0' in text

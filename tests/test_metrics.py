@@ -11,7 +11,6 @@ import subprocess
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,33 +19,27 @@ import trio.testing
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from hcd.dataplane.stats import HotText, QueueStats
+from hcd.dataplane.stats import DeviceStats, HotText, QueueStats
 from hcd.doorbell import Doorbell, PathSource, Registry
 from hcd.doorbell import Path as BellPath
-from hcd.instruments import Instruments
 from hcd.metrics import cold, server
 from hcd.metrics.names import BY_NAME, FAMILIES
 
 
 @dataclass
-class Host:
-    spec: Any = field(default_factory=lambda: SimpleNamespace(name="disk0"))
-    connected: bool = False
-    kept: object | None = None
-    handovers_resumed: int = 0
-    handovers_failed: int = 0
-    protocol_errors: int = 0
-    guest_errors: int = 0
-    handler_errors: int = 0
-    slow_steps: int = 0
-    stuck_requests: int = 0
-    path_conflict: bool = False
-    instruments: Instruments = field(default_factory=lambda: Instruments(()))
+class Process:
+    """What a daemon has of which metrics tell; empty."""
 
+    hot: HotText = field(default_factory=HotText)
+    registry: Registry = field(default_factory=Registry)
 
-def render(hosts: list[Host] | None = None, doorbells: Registry | None = None, hot: HotText | None = None) -> str:
-    renderer = cold.Renderer(hot or HotText(), hosts or [], doorbells if doorbells is not None else Registry())
-    return b"".join(renderer()).decode()
+    def add(self, device: str) -> DeviceStats:
+        stats = DeviceStats()
+        self.hot.add_device(device, stats)
+        return stats
+
+    def render(self) -> str:
+        return b"".join(cold.Renderer(self.hot, self.registry)()).decode()
 
 
 def parsed(text: str) -> dict[str, Metric]:
@@ -57,17 +50,23 @@ def parsed(text: str) -> dict[str, Metric]:
     return dict(zip(names, families, strict=True))
 
 
-def busy() -> tuple[list[Host], Registry, HotText]:
+def busy() -> Process:
     """One device with a doorbell and a queue, everything counted at least once."""
+    process = Process()
     bell = Doorbell("disk0", "0", "vhost-user", kind="legacy", address='unix:/run/"x"\\\n')
-    registry, hot, queue = Registry(), HotText(), QueueStats(("read", "write"))
-    registry.add(bell)
+    process.registry.add(bell)
     bell.set_path(BellPath.PIO, PathSource.QMP)
-    bell.stats.rings = 3
+    bell.stats.add_rings(3)
     bell.stats.dispatch.observe(2000)
-    hot.add_doorbell("disk0", "0", "pio", bell.stats)
-    hot.add_queue("disk0", "0", queue)
-    return [Host(connected=True, protocol_errors=2, guest_errors=3, handler_errors=4)], registry, hot
+    stats = process.add("disk0")
+    queue = QueueStats(("read", "write"), stats)
+    process.hot.add_doorbell("disk0", "0", "pio", bell.stats)
+    process.hot.add_queue("disk0", "0", queue)
+    stats.connected, stats.protocol_errors, stats.slow_steps = 1, 2, 5
+    queue.guest_errors += 3
+    queue.handler_errors += 3
+    stats.add_handler_errors()
+    return process
 
 
 # -- names and text
@@ -86,29 +85,29 @@ def test_names_follow_the_conventions() -> None:
 
 
 def test_every_family_is_there_while_nothing_feeds_it() -> None:
-    families = parsed(render())
+    families = parsed(Process().render())
     for declared in FAMILIES:
         assert families[declared.name].type == declared.type, declared.name
         assert families[declared.name].documentation == declared.help, declared.name
 
 
 def test_no_family_is_there_that_the_table_does_not_have() -> None:
-    names = {name for name in parsed(render(*busy())) if not name.startswith("process_")}
+    names = {name for name in parsed(busy().render()) if not name.startswith("process_")}
     assert names == set(BY_NAME)
 
 
 def test_the_hot_families_are_those_of_the_data_plane() -> None:
-    assert set(parsed(bytes(HotText().render()).decode())) == {family.name for family in FAMILIES if family.hot}
+    assert set(parsed(b"".join(HotText().render()).decode())) == {family.name for family in FAMILIES if family.hot}
 
 
 def test_samples_have_the_labels_of_the_table() -> None:
-    for name, family in parsed(render(*busy())).items():
+    for name, family in parsed(busy().render()).items():
         for sample in family.samples if name in BY_NAME else ():
             assert set(sample.labels) - {"le"} == set(BY_NAME[name].labels), name
 
 
 def test_values_reach_the_text() -> None:
-    families = parsed(render(*busy()))
+    families = parsed(busy().render())
 
     def value(name: str) -> float:
         (sample,) = families[name].samples
@@ -120,10 +119,40 @@ def test_values_reach_the_text() -> None:
     assert value("hcd_handler_errors_total") == 4
     assert value("hcd_path_conflicts") == 0
     assert value("hcd_doorbell_rings_total") == 3
+    assert value("hcd_slow_steps_total") == 5
+
+
+def test_what_is_told_of_a_doorbell_follows_it() -> None:
+    """Its text is kept between scrapes: whatever changes has to be noticed."""
+    process, bell = Process(), Doorbell("dev", "go", "kvm", kind="datamatch")
+    text = cold.ColdText(process.registry)
+
+    def told(name: str) -> list[tuple[dict[str, str], float]]:
+        samples = parsed(text.render().decode())[name].samples
+        return [(sample.labels, sample.value) for sample in samples]
+
+    assert told("hcd_doorbell_info") == []
+    process.registry.add(bell)
+    ((labels, _),) = told("hcd_doorbell_info")
+    assert (labels["path"], labels["source"], labels["kind"]) == ("unknown", "none", "datamatch")
+    bell.set_path(BellPath.MMIO, PathSource.REGISTERED, kind="any")
+    ((labels, _),) = told("hcd_doorbell_info")
+    assert (labels["path"], labels["source"], labels["kind"]) == ("mmio", "registered", "any")
+    bell.set_address("0xfe000000")
+    ((labels, _),) = told("hcd_doorbell_info")
+    assert labels["address"] == "0xfe000000"
+    place = {"device": "dev", "queue": "go", "path": "mmio"}
+    assert told("hcd_doorbell_registered") == [(place, 0)]
+    bell.set_registered(True)
+    assert told("hcd_doorbell_registered") == [(place, 1)]
+    bell.set_registered(None)
+    assert told("hcd_doorbell_registered") == [(place, 0)]
+    process.registry.remove_device("dev")
+    assert told("hcd_doorbell_info") == told("hcd_doorbell_registered") == []
 
 
 def test_the_info_of_a_doorbell_says_path_source_and_address() -> None:
-    (sample,) = parsed(render(*busy()))["hcd_doorbell_info"].samples
+    (sample,) = parsed(busy().render())["hcd_doorbell_info"].samples
     assert sample.value == 1
     assert sample.labels == {
         "device": "disk0",
@@ -137,32 +166,39 @@ def test_the_info_of_a_doorbell_says_path_source_and_address() -> None:
 
 
 def test_a_device_that_is_gone_leaves_no_info() -> None:
-    hosts, registry, hot = busy()
-    registry.remove_device("disk0")
-    assert parsed(render(hosts, registry, hot))["hcd_doorbell_info"].samples == []
+    process = busy()
+    process.registry.remove_device("disk0")
+    assert parsed(process.render())["hcd_doorbell_info"].samples == []
 
 
 def test_a_conflict_of_paths_is_a_gauge() -> None:
-    (sample,) = parsed(render([Host(path_conflict=True)]))["hcd_path_conflicts"].samples
+    process = Process()
+    process.add("disk0").path_conflict = True
+    (sample,) = parsed(process.render())["hcd_path_conflicts"].samples
     assert sample.value == 1
 
 
 def test_sessions_of_an_earlier_process_are_counted_by_outcome() -> None:
-    families = parsed(render([Host(kept=object(), handovers_resumed=2, handovers_failed=1)]))
+    process = Process()
+    stats = process.add("disk0")
+    stats.handover_ready, stats.handovers_resumed, stats.handovers_failed = True, 2, 1
+    families = parsed(process.render())
     counts = {sample.labels["outcome"]: sample.value for sample in families["hcd_handovers_total"].samples}
     assert counts == {"resumed": 2, "failed": 1}
     assert [sample.value for sample in families["hcd_handover_ready"].samples] == [1]
 
 
 def test_the_build_is_told() -> None:
-    (sample,) = parsed(render())["hcd_build_info"].samples
+    (sample,) = parsed(Process().render())["hcd_build_info"].samples
     assert sample.value == 1
     assert set(sample.labels) == {"version", "python"}
 
 
 def test_two_daemons_in_one_process_do_not_meet() -> None:
-    assert len(parsed(render([Host()]))["hcd_connected"].samples) == 1
-    assert len(parsed(render())["hcd_connected"].samples) == 0
+    process = Process()
+    process.add("disk0")
+    assert len(parsed(process.render())["hcd_connected"].samples) == 1
+    assert len(parsed(Process().render())["hcd_connected"].samples) == 0
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -172,7 +208,7 @@ def test_promtool_has_nothing_to_say(full: bool) -> None:
         if os.environ.get("HCD_REQUIRE") == "1":
             pytest.fail("promtool is not installed")
         pytest.skip("promtool is not installed")
-    text = render(*busy()) if full else render()
+    text = (busy() if full else Process()).render()
     done = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

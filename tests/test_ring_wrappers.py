@@ -129,7 +129,7 @@ def test_log_tells_of_failures_and_of_interrupts_that_reach_nobody(info: pytest.
         assert not served.run(lambda: served.device.interrupt("done"))
     assert "doorbell add #1: raised ZeroDivisionError" in lines(info)
     assert lines(info)[-1] == "interrupt done: absent"
-    assert served.host.handler_errors == 1
+    assert served.host.stats.handler_errors == 1
 
 
 # -- error
@@ -146,7 +146,7 @@ def test_lost_rings_never_reach_the_device(kind: type[Counter], info: pytest.Log
         served.wait_disconnected()
         assert served.device.heard == [("add", 1), ("add", 3)]
         assert served.metrics().total("hcd_doorbell_rings_total", queue="add") == 10
-        assert served.host.handler_errors == 0
+        assert served.host.stats.handler_errors == 0
     assert lines(info).count("doorbell add #2: lost") == 1
     assert not [line for line in lines(info) if "#2: handled" in line]
 
@@ -175,7 +175,7 @@ def test_rings_can_fail_as_if_the_handler_had_raised(kind: type[Counter]) -> Non
             vmm.wait_interrupt("done")
         served.wait_disconnected()
         assert served.device.heard == [("clear", 1)]
-        assert served.host.handler_errors == 1
+        assert served.host.stats.handler_errors == 1
 
 
 @KINDS

@@ -488,8 +488,8 @@ def test_bad_requests_harm_nobody(host: Callable[..., Initiator]) -> None:
         (struct.pack("<I", 3) + bytes(20), 8, CONTROLQ),
     ):
         driver.ask(data, room, queue=queue)
-    assert served_by(initiator).host.guest_errors == 7
-    assert served_by(initiator).host.handler_errors == 0
+    assert served_by(initiator).host.stats.guest_errors == 7
+    assert served_by(initiator).host.stats.handler_errors == 0
     initiator.good(bytes([Op.TEST_UNIT_READY]))
 
 

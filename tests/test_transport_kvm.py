@@ -106,7 +106,7 @@ class Served:
         return self.host.doorbells[name].doorbell.stats
 
     def metrics(self) -> str:
-        return b"".join(cold.Renderer(self._hot, [self.host], self._registry)()).decode()
+        return b"".join(cold.Renderer(self._hot, self._registry)()).decode()
 
     async def until(self, condition: Callable[[], bool]) -> None:
         with trio.fail_after(20):
@@ -211,7 +211,7 @@ async def test_a_handler_that_raises_is_counted_and_the_device_goes_on(
 
         await s.in_thread(drive)
         await s.until_free()
-        assert s.host.handler_errors == 1
+        assert s.host.stats.handler_errors == 1
         assert s.stats("bad").rings == 1
         assert "the handler of" in caplog.text
         assert "asked to raise" in caplog.text
@@ -382,7 +382,7 @@ async def test_a_held_descriptor_that_is_no_eventfd(short_dir: Path, caplog: pyt
 
         await s.in_thread(drive)
         await s.until_free()
-        assert s.host.protocol_errors == 1
+        assert s.host.stats.protocol_errors == 1
 
 
 async def test_unsealed_memory_is_not_adopted(short_dir: Path) -> None:
@@ -480,7 +480,7 @@ async def test_garbage_ends_its_connection(data: bytes, short_dir: Path, caplog:
 
         await s.in_thread(drive)
         await s.until_free()
-        assert s.host.protocol_errors == 1
+        assert s.host.stats.protocol_errors == 1
         assert "broke the protocol" in caplog.text
 
 
@@ -731,7 +731,7 @@ async def test_what_was_rung_while_an_async_handler_ran_is_counted(short_dir: Pa
         s.device.go.set()
         await s.until_free()
         assert s.device.rings == {"d0": 6}
-        assert s.host.handler_errors == 0
+        assert s.host.stats.handler_errors == 0
 
 
 async def test_a_handler_that_does_not_end_holds_up_no_other_doorbell(
@@ -747,7 +747,7 @@ async def test_a_handler_that_does_not_end_holds_up_no_other_doorbell(
         vmm.close()
         await s.until_free()
         assert s.device.rings == {"d1": 7}
-        assert s.host.handler_errors == 1
+        assert s.host.stats.handler_errors == 1
         assert "doorbell d0: the handler of Slow did not end within 0.05 s" in caplog.text
         assert s.device.calls == ["connect", "disconnect"]
 
@@ -769,7 +769,7 @@ async def test_a_vmm_that_gives_up_is_hung_up_on(short_dir: Path, caplog: pytest
         await s.in_thread(drive)
         await s.until_free()
         assert caplog.text.count("gives up: no more of this") == 1
-        assert s.host.protocol_errors == 0
+        assert s.host.stats.protocol_errors == 0
 
 
 @pytest.mark.parametrize("kind", LANES)
@@ -796,7 +796,7 @@ async def test_a_doorbell_that_was_removed_is_not_heard_any_more(kind: type[Coun
         vmm.close()
         await s.until_free()
         assert s.device.rings == {"d0": 1}
-        assert s.host.handler_errors == 0
+        assert s.host.stats.handler_errors == 0
 
 
 async def test_a_doorbell_that_could_not_be_registered_and_is_gone_is_no_problem(short_dir: Path) -> None:

@@ -74,7 +74,7 @@ def test_error_follows_its_pattern(kind: type[Device], packed: bool) -> None:
         answers = [driver.ask(b"a", 8) for _ in range(6)]
         assert answers == [b"A", b"", b"A"] * 2
         assert served.metrics().total("hcd_requests_total", status="error") == 2
-        assert served.host.handler_errors == 0
+        assert served.host.stats.handler_errors == 0
 
 
 def test_error_fails_with_the_status_of_the_device() -> None:

@@ -22,6 +22,11 @@ static inline void hcd_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 static inline int hcd_flag_load(const int *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
 static inline void hcd_flag_store(int *p, int v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
 
+/* Counts of changes: made after what they count, read before it, so that nobody takes a new count for an old text. */
+static inline uint64_t hcd_load64_acquire(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+static inline void hcd_bump(uint64_t *p) { __atomic_store_n(p, *p + 1, __ATOMIC_RELEASE); } /* one writer */
+static inline void hcd_add64(uint64_t *p, uint64_t n) { __atomic_fetch_add(p, n, __ATOMIC_RELEASE); } /* any number */
+
 static inline uint16_t hcd_swap16(uint16_t v) { return __builtin_bswap16(v); }
 static inline uint32_t hcd_swap32(uint32_t v) { return __builtin_bswap32(v); }
 static inline uint64_t hcd_swap64(uint64_t v) { return __builtin_bswap64(v); }

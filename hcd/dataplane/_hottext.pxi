@@ -1,10 +1,12 @@
 # The hot families as Prometheus text (exposition format 0.0.4), written without the GIL.
 #
 # A scrape of hundreds of queues is megabytes, of which a few lines differ from the last one; made anew, or under the
-# GIL, it would stall the handlers of the reactor. So there is one document, and a scrape writes over those series in it
-# that moved. It is built again only when series came or went or when a text changed its length, and then with what did
-# not move copied from the last one. Whoever sends the document holds a view of it, without a copy; a scrape meanwhile
-# leaves that one alone and builds its own.
+# GIL, it would stall the handlers of the reactor, and push what they work with out of the processor's caches. So each
+# family is a document that is kept. A scrape asks each *owner* of series (a queue, a doorbell on a path, a device) for
+# its version, and writes over the series that moved of those where it is another one. The document of a family is built
+# again only when series came or went or when a text changed its length, and then with what did not move copied from the
+# last one. Whoever sends a document holds a view of it, without a copy; a scrape meanwhile leaves that one alone and
+# builds its own.
 
 ctypedef struct buf_t:
     char *p
@@ -17,9 +19,30 @@ ctypedef struct series_t:
     const hist_t *h           # of a histogram
     char *labels
     uint64_t seen             # the value, or the count, in the document
-    bint valid                # there is a text in the document
-    size_t at
+    size_t at                 # where in the document
     size_t length
+    int family
+    bint valid                # there is a text in the document
+
+ctypedef struct owner_t:
+    const uint64_t *version   # NULL: it has none, look at every series
+    const uint64_t *since     # not NULL, and not 0 there: a series shows a time that goes on
+    uint64_t seen             # the version in the documents
+    uint64_t next             # the version that is about to get there
+    int first                 # of its series, which lie together
+    int count
+
+ctypedef struct family_t:
+    const char *name
+    buf_t *text               # of its document
+    int *order                # its series, as they stand in the document
+    int count
+    int room
+    bint age                  # the values are times of CLOCK_MONOTONIC: print how long ago
+    bint seconds              # the values are nanoseconds: print seconds
+    bint only_live            # leave out histograms that never counted
+    bint fixed                # somebody holds the document: build another one
+    bint stale                # the document has to be built
 
 cdef enum:
     F_RINGS = 0
@@ -29,14 +52,25 @@ cdef enum:
     F_BYTES
     F_INTERRUPTS
     F_INFLIGHT
-    COUNTERS
-    H_DISPATCH = 0
-    H_RESPONSE
-    H_RING
-    H_LATENCY
-    HISTOGRAMS
+    F_OLDEST
+    F_THROTTLED
+    F_DISPATCH
+    F_RESPONSE
+    F_RING
+    F_LATENCY
+    F_CONNECTED
+    F_HANDOVERS
+    F_HANDOVER_READY
+    F_PROTOCOL_ERRORS
+    F_GUEST_ERRORS
+    F_HANDLER_ERRORS
+    F_SLOW_STEPS
+    F_STUCK
+    F_PATH_CONFLICTS
+    N_FAMILIES
 
-COUNTER_FAMILIES = (
+#: name, type and HELP, in the order of the enumeration above and of the text
+FAMILIES = (
     ("hcd_doorbell_rings_total", "counter",
      "Rings by the guest: the sum of the kick eventfd's values, less the spurious first one of QEMU."),
     ("hcd_doorbell_wakeups_total", "counter",
@@ -51,21 +85,38 @@ COUNTER_FAMILIES = (
      "Interrupt decisions after completions: sent, suppressed by the driver, pending (one is due already), "
      "absent (the front end gave no call fd)."),
     ("hcd_requests_inflight", "gauge", "Requests taken from the ring and not completed yet."),
-)
-HISTOGRAM_FAMILIES = (
-    ("hcd_doorbell_dispatch_seconds", "From the wake-up by a ring to the entry of the device's handler."),
-    ("hcd_doorbell_response_seconds",
+    ("hcd_oldest_request_seconds", "gauge", "Age of the oldest request in flight; 0 without one."),
+    ("hcd_throttled_seconds_total", "counter",
+     "How long the limits of the device held the queue back while its driver had requests."),
+    ("hcd_doorbell_dispatch_seconds", "histogram",
+     "From the wake-up by a ring to the entry of the device's handler."),
+    ("hcd_doorbell_response_seconds", "histogram",
      "From the wake-up by a ring to the interrupt that answers the first request it brought."),
-    ("hcd_doorbell_ring_seconds", "From the guest's own stamp to the wake-up; only where the guest stamps its rings."),
-    ("hcd_request_latency_seconds", "From taking a request off the ring to its completion, by operation, from the first one on."),
+    ("hcd_doorbell_ring_seconds", "histogram",
+     "From the guest's own stamp to the wake-up; only where the guest stamps its rings."),
+    ("hcd_request_latency_seconds", "histogram",
+     "From taking a request off the ring to its completion, by operation, from the first one on."),
+    ("hcd_connected", "gauge", "1 while a front end is connected to the device."),
+    ("hcd_handovers_total", "counter",
+     "Sessions of the process before this one that were gone on with (resumed), or had to end (failed)."),
+    ("hcd_handover_ready", "gauge",
+     "1 while the connected front end would not notice a restart of hcd: the service manager keeps its session."),
+    ("hcd_protocol_errors_total", "counter", "Connections that ended because the front end broke the protocol."),
+    ("hcd_guest_errors_total", "counter",
+     "Rings and requests refused because the driver in the guest broke the rules."),
+    ("hcd_handler_errors_total", "counter",
+     "Mistakes of the device: exceptions that escaped it, requests that it did not complete in time."),
+    ("hcd_slow_steps_total", "counter",
+     "Times that code of the device ran for more than 50 ms without a break and held up all devices of its lane."),
+    ("hcd_stuck_requests", "gauge", "Requests in flight for longer than stuck_after."),
+    ("hcd_path_conflicts", "gauge",
+     "1 while the path that QEMU reports is another one than the declared path."),
 )
-THROTTLED_FAMILY = ("hcd_throttled_seconds_total", "counter",
-                    "How long the limits of the device held the queue back while its driver had requests.")
 #: their series begin with the first observation (docs/decisions/0009)
 ONLY_LIVE = ("hcd_doorbell_ring_seconds", "hcd_request_latency_seconds")
-OLDEST_FAMILY = ("hcd_oldest_request_seconds", "gauge", "Age of the oldest request in flight; 0 without one.")
 STATUS_NAMES = ("ok", "error", "unsupported")
 
+cdef list _names = [name.encode() for name, _, _ in FAMILIES]
 cdef const char *BOUND_TEXT[21]
 _bound_text = [repr(ns / 1e9).encode() for ns in BOUNDS_NS]
 cdef int _k
@@ -152,118 +203,72 @@ cdef void write_histogram(buf_t *b, const char *family, const char *labels, cons
     buf_put(b, "\n", 1)
 
 
-cdef class _Family:
-    """The series of one family."""
+cdef bint has_moved(const family_t *f, const series_t *s) noexcept nogil:
+    """Whether the text of ``s`` in the document is not true any more. An age is another each time, unless 0."""
+    cdef uint64_t value = s.h.count if s.h != NULL else s.value[0]
+    return not s.valid or value != s.seen or (f.age and value != 0)
 
-    cdef bytes name
-    cdef bytes head
-    cdef series_t *items
-    cdef int n
-    cdef int room
-    cdef list keep            # (device, owner, labels) of each item
-    cdef bint age             # the values are times of CLOCK_MONOTONIC: print how long ago
-    cdef bint seconds         # the values are nanoseconds: print seconds
-    cdef bint only_live       # leave out histograms that never counted
 
-    def __cinit__(self, str name, str kind, str text, *, bint age=False, bint seconds=False,
-                  bint only_live=False):
-        self.name = name.encode()
-        self.head = f"# HELP {name} {text}\n# TYPE {name} {kind}\n".encode()
-        self.keep = []
-        self.age = age
-        self.seconds = seconds
-        self.only_live = only_live
+cdef void write_series(buf_t *b, const family_t *f, series_t *s, uint64_t now) noexcept nogil:
+    if s.h != NULL:
+        s.seen = s.h.count
+        if s.seen or not f.only_live:
+            write_histogram(b, f.name, s.labels, s.h)
+        return
+    s.seen = s.value[0]
+    buf_str(b, f.name)
+    buf_put(b, "{", 1)
+    buf_str(b, s.labels)
+    buf_put(b, "} ", 2)
+    if f.age:
+        buf_seconds(b, now - s.seen if s.seen and now > s.seen else 0)
+    elif f.seconds:
+        buf_seconds(b, s.seen)
+    else:
+        buf_u64(b, s.seen)
+    buf_put(b, "\n", 1)
 
-    def __dealloc__(self):
-        free(self.items)
 
-    cdef int add(self, str device, object owner, const uint64_t *value, const hist_t *h, bytes labels) except -1:
-        cdef series_t *grown
-        if self.n == self.room:
-            grown = <series_t *>realloc(self.items, (self.room * 2 + 8) * sizeof(series_t))
-            if grown == NULL:
-                raise MemoryError
-            self.items = grown
-            self.room = self.room * 2 + 8
-        memset(&self.items[self.n], 0, sizeof(series_t))
-        self.items[self.n].value = value
-        self.items[self.n].h = h
-        self.items[self.n].labels = labels
-        self.keep.append((device, owner, labels))
-        self.n += 1
-        return 0
-
-    cdef int remove(self, str device) except -1:
-        cdef int i, kept = 0
-        keep = []
-        for i in range(self.n):
-            if self.keep[i][0] != device:
-                self.items[kept] = self.items[i]
-                keep.append(self.keep[i])
-                kept += 1
-        self.n = kept
-        self.keep = keep
-        return 0
-
-    cdef void forget(self) noexcept nogil:
-        """No series has a text in the document."""
-        cdef int i
-        for i in range(self.n):
-            self.items[i].valid = False
-
-    cdef bint moved(self, const series_t *s) noexcept nogil:
-        """Whether the text of ``s`` in the document is not true any more. An age is another each time, unless 0."""
-        cdef uint64_t value = s.h.count if s.h != NULL else s.value[0]
-        return not s.valid or value != s.seen or (self.age and value != 0)
-
-    cdef void write(self, buf_t *b, series_t *s, const char *name, uint64_t now) noexcept nogil:
-        if s.h != NULL:
-            s.seen = s.h.count
-            if s.seen or not self.only_live:
-                write_histogram(b, name, s.labels, s.h)
+cdef void patch_owner(owner_t *o, series_t *series, family_t *families, buf_t *scratch, uint64_t now) noexcept nogil:
+    """Write what moved over its old text, or say whose document has to be built because that does not do."""
+    cdef int i
+    cdef series_t *s
+    cdef family_t *f
+    o.next = 0
+    if o.version != NULL:
+        o.next = hcd_load64_acquire(o.version)
+        if o.next == o.seen and (o.since == NULL or o.since[0] == 0):
             return
-        s.seen = s.value[0]
-        buf_str(b, name)
-        buf_put(b, "{", 1)
-        buf_str(b, s.labels)
-        buf_put(b, "} ", 2)
-        if self.age:
-            buf_seconds(b, now - s.seen if s.seen and now > s.seen else 0)
-        elif self.seconds:
-            buf_seconds(b, s.seen)
+    for i in range(o.first, o.first + o.count):
+        s = &series[i]
+        f = &families[s.family]
+        if not has_moved(f, s):
+            continue
+        if not f.fixed and not f.stale and s.valid:
+            scratch.used = 0
+            write_series(scratch, f, s, now)
+            if scratch.used == s.length and not scratch.full:
+                memcpy(f.text.p + s.at, scratch.p, s.length)
+                continue
+        s.valid = False
+        f.stale = True
+    o.seen = o.next
+
+
+cdef void build_family(buf_t *made, family_t *f, series_t *series, uint64_t now) noexcept nogil:
+    cdef int i
+    cdef size_t start
+    cdef series_t *s
+    for i in range(f.count):
+        s = &series[f.order[i]]
+        start = made.used
+        if s.valid:
+            buf_put(made, f.text.p + s.at, s.length)
         else:
-            buf_u64(b, s.seen)
-        buf_put(b, "\n", 1)
-
-    cdef bint patch(self, buf_t *document, buf_t *scratch, const char *name, uint64_t now) noexcept nogil:
-        """Write what moved over its old text. False when one has another length now: the document has to be built."""
-        cdef int i
-        cdef series_t *s
-        for i in range(self.n):
-            s = &self.items[i]
-            if self.moved(s):
-                scratch.used = 0
-                self.write(scratch, s, name, now)
-                if not s.valid or scratch.used != s.length or scratch.full:
-                    s.valid = False
-                    return False
-                memcpy(document.p + s.at, scratch.p, s.length)
-        return True
-
-    cdef void build(self, buf_t *document, const buf_t *last, const char *name, uint64_t now) noexcept nogil:
-        cdef int i
-        cdef size_t start
-        cdef series_t *s
-        for i in range(self.n):
-            s = &self.items[i]
-            start = document.used
-            if self.moved(s):
-                self.write(document, s, name, now)
-            else:
-                buf_put(document, last.p + s.at, s.length)
-            s.at = start
-            s.length = document.used - start
-            s.valid = True
+            write_series(made, f, s, now)
+        s.at = start
+        s.length = made.used - start
+        s.valid = True
 
 
 cdef class _Document:
@@ -287,132 +292,227 @@ def _escape(str value):
     return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
-def _labels(**labels):
-    return ",".join(f'{name}="{_escape(value)}"' for name, value in labels.items()).encode()
+def _labels(labels, **more):
+    return ",".join(f'{name}="{_escape(value)}"' for name, value in {**labels, **more}.items()).encode()
 
 
 cdef class HotText:
     """Renders the hot families; add, remove and render may come from any thread, one at a time."""
 
-    cdef list counters
-    cdef list histograms
-    cdef _Family oldest
-    cdef _Family throttled
-    cdef _Document document
+    cdef family_t families[N_FAMILIES]
+    cdef series_t *series
+    cdef int n_series
+    cdef int room_series
+    cdef owner_t *owners
+    cdef int n_owners
+    cdef int room_owners
+    cdef list heads           # HELP and TYPE of each family
+    cdef list documents       # of each family
+    cdef list keep            # of each owner: its device, and what the pointers here point into
     cdef buf_t scratch
-    cdef bint torn            # series went: the places in the document are not those of the text any more
     cdef object lock
 
     def __cinit__(self):
+        cdef int i
         self.lock = threading.Lock()
-        self.counters = [_Family(*family) for family in COUNTER_FAMILIES]
-        self.histograms = [_Family(name, "histogram", text, only_live=name in ONLY_LIVE)
-                           for name, text in HISTOGRAM_FAMILIES]
-        self.oldest = _Family(*OLDEST_FAMILY, age=True)
-        self.throttled = _Family(*THROTTLED_FAMILY, seconds=True)
-        self.document = _Document()
-        self.torn = True
+        self.heads, self.documents, self.keep = [], [], []
+        for i, (name, kind, text) in enumerate(FAMILIES):
+            self.families[i].name = <bytes>_names[i]
+            self.families[i].age = i == F_OLDEST
+            self.families[i].seconds = i == F_THROTTLED
+            self.families[i].only_live = name in ONLY_LIVE
+            self.heads.append(f"# HELP {name} {text}\n# TYPE {name} {kind}\n".encode())
+            self.documents.append(None)
+            self.families[i].stale = True
 
     def __dealloc__(self):
+        cdef int i
+        for i in range(N_FAMILIES):
+            free(self.families[i].order)
+        free(self.series)
+        free(self.owners)
         free(self.scratch.p)
 
-    def add_doorbell(self, str device, str queue, str path, DoorbellStats stats):
-        """Export ``stats`` under the labels given. A later call with the same labels adds a second series: don't."""
-        labels = _labels(device=device, queue=queue, path=path)
+    # -- series
+
+    def add_device(self, str device, DeviceStats stats):
+        """Export ``stats``. A second call for the same series adds them twice: don't; so for all of these."""
+        labels = {"device": device}
         with self.lock:
-            self._family(F_RINGS).add(device, stats, &stats.rings, NULL, labels)
-            self._family(F_WAKEUPS).add(device, stats, &stats.wakeups, NULL, labels)
-            self._histogram(H_DISPATCH).add(device, stats, NULL, &stats.c_dispatch, labels)
-            self._histogram(H_RESPONSE).add(device, stats, NULL, &stats.c_response, labels)
-            self._histogram(H_RING).add(device, stats, NULL, &stats.c_ring, labels)
+            self._own(device, stats, NULL, NULL)
+            self._count(F_CONNECTED, &stats.connected, _labels(labels))
+            self._count(F_HANDOVERS, &stats.handovers_resumed, _labels(labels, outcome="resumed"))
+            self._count(F_HANDOVERS, &stats.handovers_failed, _labels(labels, outcome="failed"))
+            self._count(F_HANDOVER_READY, &stats.handover_ready, _labels(labels))
+            self._count(F_PROTOCOL_ERRORS, &stats.protocol_errors, _labels(labels))
+            self._count(F_GUEST_ERRORS, &stats.guest_errors, _labels(labels))
+            self._count(F_HANDLER_ERRORS, &stats.handler_errors, _labels(labels))
+            self._count(F_SLOW_STEPS, &stats.slow_steps, _labels(labels))
+            self._count(F_STUCK, &stats.stuck_requests, _labels(labels))
+            self._count(F_PATH_CONFLICTS, &stats.path_conflict, _labels(labels))
+
+    def add_doorbell(self, str device, str queue, str path, DoorbellStats stats):
+        labels = {"device": device, "queue": queue, "path": path}
+        with self.lock:
+            self._own(device, stats, &stats.version, NULL)
+            self._count(F_RINGS, &stats.c_rings, _labels(labels))
+            self._count(F_WAKEUPS, &stats.c_wakeups, _labels(labels))
+            self._observe(F_DISPATCH, &stats.c_dispatch, _labels(labels))
+            self._observe(F_RESPONSE, &stats.c_response, _labels(labels))
+            self._observe(F_RING, &stats.c_ring, _labels(labels))
 
     def add_queue(self, str device, str queue, QueueStats stats):
         cdef int op, status
+        labels = {"device": device, "queue": queue}
         with self.lock:
+            self._own(device, stats, &stats.c.version, &stats.c.oldest)
             for op, name in enumerate(stats.operations):
                 for status in range(STATUSES):
-                    self._family(F_REQUESTS).add(
-                        device, stats, &stats.c.requests[op * STATUSES + status], NULL,
-                        _labels(device=device, queue=queue, op=name, status=STATUS_NAMES[status]))
-                self._histogram(H_LATENCY).add(
-                    device, stats, NULL, &stats.latencies[op], _labels(device=device, queue=queue, op=name))
-            self._count(device, queue, stats, F_FOUND, "by", "ring", &stats.c.found_ring)
-            self._count(device, queue, stats, F_FOUND, "by", "poll", &stats.c.found_poll)
-            self._count(device, queue, stats, F_BYTES, "direction", "from_guest", &stats.c.from_guest)
-            self._count(device, queue, stats, F_BYTES, "direction", "to_guest", &stats.c.to_guest)
-            self._count(device, queue, stats, F_INTERRUPTS, "outcome", "sent", &stats.c.sent)
-            self._count(device, queue, stats, F_INTERRUPTS, "outcome", "suppressed", &stats.c.suppressed)
-            self._count(device, queue, stats, F_INTERRUPTS, "outcome", "pending", &stats.c.pending)
-            self._count(device, queue, stats, F_INTERRUPTS, "outcome", "absent", &stats.c.absent)
-            labels = _labels(device=device, queue=queue)
-            self._family(F_INFLIGHT).add(device, stats, &stats.c.inflight, NULL, labels)
-            self.oldest.add(device, stats, &stats.c.oldest, NULL, labels)
-            self.throttled.add(device, stats, &stats.c.throttled, NULL, labels)
+                    self._count(F_REQUESTS, &stats.c.requests[op * STATUSES + status],
+                                _labels(labels, op=name, status=STATUS_NAMES[status]))
+                self._observe(F_LATENCY, &stats.latencies[op], _labels(labels, op=name))
+            self._count(F_FOUND, &stats.c.found_ring, _labels(labels, by="ring"))
+            self._count(F_FOUND, &stats.c.found_poll, _labels(labels, by="poll"))
+            self._count(F_BYTES, &stats.c.from_guest, _labels(labels, direction="from_guest"))
+            self._count(F_BYTES, &stats.c.to_guest, _labels(labels, direction="to_guest"))
+            self._count(F_INTERRUPTS, &stats.c.sent, _labels(labels, outcome="sent"))
+            self._count(F_INTERRUPTS, &stats.c.suppressed, _labels(labels, outcome="suppressed"))
+            self._count(F_INTERRUPTS, &stats.c.pending, _labels(labels, outcome="pending"))
+            self._count(F_INTERRUPTS, &stats.c.absent, _labels(labels, outcome="absent"))
+            self._count(F_INFLIGHT, &stats.c.inflight, _labels(labels))
+            self._count(F_OLDEST, &stats.c.oldest, _labels(labels))
+            self._count(F_THROTTLED, &stats.c.throttled, _labels(labels))
 
     def add_interrupt(self, str device, str interrupt, InterruptStats stats):
         """Export ``stats``; the interrupt's name stands as the queue."""
+        labels = {"device": device, "queue": interrupt}
         with self.lock:
-            self._count(device, interrupt, stats, F_INTERRUPTS, "outcome", "sent", &stats.sent)
-            self._count(device, interrupt, stats, F_INTERRUPTS, "outcome", "pending", &stats.pending)
-            self._count(device, interrupt, stats, F_INTERRUPTS, "outcome", "absent", &stats.absent)
-
-    cdef int _count(self, str device, str queue, object stats, int family, str label, str value,
-                    const uint64_t *counter) except -1:
-        labels = _labels(**{"device": device, "queue": queue, label: value})
-        return self._family(family).add(device, stats, counter, NULL, labels)
-
-    cdef _Family _family(self, int index):
-        return self.counters[index]
-
-    cdef _Family _histogram(self, int index):
-        return self.histograms[index]
+            self._own(device, stats, NULL, NULL)
+            self._count(F_INTERRUPTS, &stats.sent, _labels(labels, outcome="sent"))
+            self._count(F_INTERRUPTS, &stats.pending, _labels(labels, outcome="pending"))
+            self._count(F_INTERRUPTS, &stats.absent, _labels(labels, outcome="absent"))
 
     def remove_device(self, str device):
-        cdef _Family family
+        cdef int i, j, kept_owners = 0, kept_series = 0
+        cdef owner_t o
+        keep = []
         with self.lock:
-            self.torn = True
-            for family in self._families():
-                family.remove(device)
+            for i in range(N_FAMILIES):
+                self.families[i].count = 0
+                self.families[i].stale = True
+            for i in range(self.n_owners):
+                if self.keep[i][0] == device:
+                    continue
+                o = self.owners[i]
+                for j in range(o.count):
+                    self.series[kept_series + j] = self.series[o.first + j]
+                    self._place(kept_series + j)
+                o.first = kept_series
+                kept_series += o.count
+                self.owners[kept_owners] = o
+                kept_owners += 1
+                keep.append(self.keep[i])
+            self.n_owners = kept_owners
+            self.n_series = kept_series
+            self.keep = keep
 
-    def _families(self):
-        return [*self.counters, self.oldest, self.throttled, *self.histograms]
+    cdef int _own(self, str device, object stats, const uint64_t *version, const uint64_t *since) except -1:
+        """The series that come next are those of ``stats``, which holds the memory of all pointers."""
+        cdef owner_t *grown
+        cdef owner_t *o
+        if self.n_owners == self.room_owners:
+            grown = <owner_t *>realloc(self.owners, (self.room_owners * 2 + 8) * sizeof(owner_t))
+            if grown == NULL:
+                raise MemoryError
+            self.owners = grown
+            self.room_owners = self.room_owners * 2 + 8
+        o = &self.owners[self.n_owners]
+        memset(o, 0, sizeof(owner_t))
+        o.version = version
+        o.since = since
+        o.first = self.n_series
+        self.keep.append((device, stats, []))
+        self.n_owners += 1
+        return 0
+
+    cdef int _count(self, int family, const uint64_t *value, bytes labels) except -1:
+        return self._add(family, value, NULL, labels)
+
+    cdef int _observe(self, int family, const hist_t *h, bytes labels) except -1:
+        return self._add(family, NULL, h, labels)
+
+    cdef int _add(self, int family, const uint64_t *value, const hist_t *h, bytes labels) except -1:
+        """One more series of the last owner."""
+        cdef series_t *grown
+        cdef series_t *s
+        if self.n_series == self.room_series:
+            grown = <series_t *>realloc(self.series, (self.room_series * 2 + 64) * sizeof(series_t))
+            if grown == NULL:
+                raise MemoryError
+            self.series = grown
+            self.room_series = self.room_series * 2 + 64
+        s = &self.series[self.n_series]
+        memset(s, 0, sizeof(series_t))
+        s.value = value
+        s.h = h
+        s.labels = labels
+        s.family = family
+        self._place(self.n_series)
+        self.keep[self.n_owners - 1][2].append(labels)
+        self.n_series += 1
+        self.owners[self.n_owners - 1].count += 1
+        return 0
+
+    cdef int _place(self, int i) except -1:
+        """Series ``i`` is the next one of its family."""
+        cdef family_t *f = &self.families[self.series[i].family]
+        cdef int *grown
+        if f.count == f.room:
+            grown = <int *>realloc(f.order, (f.room * 2 + 16) * sizeof(int))
+            if grown == NULL:
+                raise MemoryError
+            f.order = grown
+            f.room = f.room * 2 + 16
+        f.order[f.count] = i
+        f.count += 1
+        f.stale = True
+        return 0
+
+    # -- text
 
     def render(self):
-        """The hot families, HELP and TYPE of each and then its series, as a view of the document: release it soon.
-        While it is held, the document stays as it is and another one is made for whoever asks."""
+        """The hot families, HELP and TYPE of each and then its series: a view of the document of each. Release them
+        soon: while one is held, its document stays as it is and another one is made for whoever asks."""
         cdef uint64_t now = hcd_now()
+        cdef int i
+        cdef _Document document
         with self.lock:
-            if self.torn or self.document.views or not self._patch(now):
-                self._build(now)
-            return memoryview(self.document)
-
-    cdef bint _patch(self, uint64_t now) except -1:
-        cdef _Family family
-        cdef const char *name
-        cdef bint fits
-        for family in self._families():
-            name = family.name
+            for i in range(N_FAMILIES):
+                document = self.documents[i]
+                self.families[i].fixed = document is not None and document.views > 0
             with nogil:
-                fits = family.patch(&self.document.text, &self.scratch, name, now)
-            if not fits:
-                return False
-        return True
+                for i in range(self.n_owners):
+                    patch_owner(&self.owners[i], self.series, self.families, &self.scratch, now)
+            for i in range(N_FAMILIES):
+                if self.families[i].stale:
+                    self._build(i, now)
+            return list(map(memoryview, self.documents))
 
-    cdef int _build(self, uint64_t now) except -1:
-        cdef _Family family
-        cdef const char *name
+    cdef int _build(self, int family, uint64_t now) except -1:
+        cdef family_t *f = &self.families[family]
         cdef _Document made = _Document()
-        self.torn = True      # until it is done: what follows may fail for want of memory
-        buf_room(&made.text, self.document.text.used + self.document.text.used // 16)
-        for family in self._families():
-            buf_put(&made.text, family.head, len(family.head))
-            name = family.name
-            with nogil:
-                family.build(&made.text, &self.document.text, name, now)
+        cdef bytes head = self.heads[family]
+        cdef int i
+        if f.text != NULL:
+            buf_room(&made.text, f.text.used + f.text.used // 16)
+        buf_put(&made.text, head, len(head))
+        with nogil:
+            build_family(&made.text, f, self.series, now)
         if made.text.full:
-            for family in self._families():
-                family.forget()
+            for i in range(f.count):
+                self.series[f.order[i]].valid = False
             raise MemoryError("no memory for the text of the metrics")
-        self.document = made
-        self.torn = False
+        self.documents[family] = made
+        f.text = &made.text
+        f.stale = False
         return 0

@@ -125,6 +125,7 @@ cdef class Limit:
         self.fill(now)
         for q in self.waiting:
             q.stats.c.throttled += now - q.throttled_since
+            hcd_bump(&q.stats.c.version)
             q.throttled_since = now
         if self.enough() or not self.on:
             queues = sorted(self.waiting, key=_virtual_time)
@@ -160,6 +161,7 @@ cdef class Limit:
         if q.ring.throttled:
             q.ring.throttled = False
             q.stats.c.throttled += hcd_now() - q.throttled_since
+            hcd_bump(&q.stats.c.version)
             self.waiting.remove(q)
         return 0
 

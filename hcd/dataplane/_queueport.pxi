@@ -296,7 +296,7 @@ cdef int refuse(Request r) except -1:
 cdef int guest_error(Virtqueue q, str why) except -1:
     """Tell of a mistake of the driver; whoever listens counts it."""
     if q.on_error is None:
-        q.stats.c.guest_errors += 1
+        q.stats.guest_error()
     else:
         q.on_error(q, GuestError(why))
     return 0

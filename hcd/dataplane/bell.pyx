@@ -15,7 +15,7 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from hcd.dataplane._atomics cimport hcd_now
+from hcd.dataplane._atomics cimport hcd_bump, hcd_now
 from hcd.dataplane.stats cimport DoorbellStats, InterruptStats, hist_add
 
 import os
@@ -86,6 +86,7 @@ cdef class Bell:
         ns = <double><int64_t>(tsc + <uint64_t>self.offset - stamp) * 1e6 / self.khz - <double>late
         if 0 < ns < LONGEST_NS:
             hist_add(&self.stats.c_ring, <uint64_t>ns)
+            hcd_bump(&self.stats.version)
 
     # -- rings
 
@@ -101,8 +102,9 @@ cdef class Bell:
             return 0
         self.woken = woken
         self.answered = False
-        self.stats.rings += value
-        self.stats.wakeups += 1
+        self.stats.c_rings += value
+        self.stats.c_wakeups += 1
+        hcd_bump(&self.stats.version)
         if self.stamp != NULL and self.khz:
             if value == 1:
                 self.observe_stamp(woken)
@@ -116,6 +118,7 @@ cdef class Bell:
             value = self.collect(woken)
             if value:
                 hist_add(&self.stats.c_dispatch, hcd_now() - woken)
+                hcd_bump(&self.stats.version)
                 self.handler(self, value)
         except BaseException as e:
             if self.on_error is None:
@@ -130,6 +133,7 @@ cdef class Bell:
     def enter(self):
         """The handler is entered now."""
         hist_add(&self.stats.c_dispatch, hcd_now() - self.woken)
+        hcd_bump(&self.stats.version)
 
 
 # what became of an interrupt: the values of the label "outcome"
@@ -157,6 +161,7 @@ cdef class Interrupt:
         if reached and answers is not None and not answers.answered and answers.woken:
             answers.answered = True
             hist_add(&answers.stats.c_response, hcd_now() - answers.woken)
+            hcd_bump(&answers.stats.version)
         if self.on_signal is not None:
             self.on_signal(self, answers, outcome)
         return reached

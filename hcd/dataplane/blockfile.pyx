@@ -122,7 +122,7 @@ cdef class BlockStore:
         cdef Virtqueue q = r.vq
         cdef object error = GuestError(why)
         self.refusals += 1
-        q.stats.c.guest_errors += 1
+        q.stats.guest_error()
         self.settle(r, status, 0, error)
         return self.complain(r, error)
 
@@ -140,7 +140,7 @@ cdef class BlockStore:
         if number == EFAULT:
             error = GuestError("the guest memory of the request went away")
             self.refusals += 1
-            q.stats.c.guest_errors += 1
+            q.stats.guest_error()
             self.settle(r, IOERR, moved, error)
             return self.complain(r, error)
         self.errors += 1

@@ -17,12 +17,31 @@ class Histogram:
     def cumulative(self) -> list[int]: ...  # counts at or below each of BOUNDS_NS, then all
     def merge(self, other: Histogram) -> None: ...
 
+class DeviceStats:
+    """Of one device as a whole: counters, and what is the matter with it now (1 or True where it is so)."""
+
+    def __init__(self) -> None: ...
+    connected: int
+    handover_ready: int
+    handovers_resumed: int
+    handovers_failed: int
+    protocol_errors: int
+    guest_errors: int  # of all its queues too
+    handler_errors: int  # of all its queues too
+    slow_steps: int
+    stuck_requests: int
+    path_conflict: int
+    def add_handler_errors(self, n: int = 1) -> None: ...  # from any thread
+
 class DoorbellStats:
     """Of one doorbell on one path."""
 
     def __init__(self) -> None: ...
-    rings: int
-    wakeups: int
+    @property
+    def rings(self) -> int: ...
+    @property
+    def wakeups(self) -> int: ...
+    def add_rings(self, rings: int) -> None: ...  # one wake-up by so many
     dispatch: Histogram  # woken to handler entry
     response: Histogram  # woken to interrupt signalled
     ring: Histogram  # guest's stamp to woken
@@ -39,8 +58,9 @@ class InterruptStats:
 class QueueStats:
     """Of one queue of one device, for as long as the device exists."""
 
-    def __init__(self, operations: Sequence[str]) -> None: ...
+    def __init__(self, operations: Sequence[str], device: DeviceStats | None = None) -> None: ...
     operations: tuple[str, ...]
+    device: DeviceStats  # the errors of a queue are the device's too
     found_by_ring: int
     found_by_poll: int
     bytes_from_guest: int
@@ -62,8 +82,9 @@ class HotText:
     """Renders the hot families in the Prometheus text format without the GIL; a scrape rewrites only what moved."""
 
     def __init__(self) -> None: ...
+    def add_device(self, device: str, stats: DeviceStats) -> None: ...
     def add_doorbell(self, device: str, queue: str, path: str, stats: DoorbellStats) -> None: ...
     def add_queue(self, device: str, queue: str, stats: QueueStats) -> None: ...
     def add_interrupt(self, device: str, interrupt: str, stats: InterruptStats) -> None: ...
     def remove_device(self, device: str) -> None: ...
-    def render(self) -> memoryview: ...  # HELP and TYPE of every hot family, then its series; release it soon
+    def render(self) -> list[memoryview]: ...  # of each hot family: HELP, TYPE, its series; release them soon

@@ -2,7 +2,10 @@
 """Counters and histograms of the data plane, and the text of the hot metric families.
 
 Every counter has one writer (the thread that owns the queue) and any number of readers, which may be one increment
-behind. A histogram keeps four sub-buckets per power of two: a quantile is at most 25 % off. Exported are the powers of
+behind; those of a whole device, which several threads count, are added to atomically. Whoever changed counters of a
+queue or of a doorbell raises their ``version`` afterwards: a scrape of thousands of series looks at hundreds of these.
+
+A histogram keeps four sub-buckets per power of two: a quantile is at most 25 % off. Exported are the powers of
 two alone, 2**10 to 2**30 ns (about 1 us to 1 s): those bounds are exact, and a scrape stays readable.
 """
 
@@ -12,10 +15,9 @@ from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy, memset, strlen
 
-from hcd.dataplane._atomics cimport hcd_log2, hcd_now
+from hcd.dataplane._atomics cimport hcd_add64, hcd_bump, hcd_load64_acquire, hcd_log2, hcd_now
 
 import threading
-
 
 
 BOUNDS_NS = tuple(1 << k for k in range(10, 31))
@@ -73,10 +75,11 @@ cdef class Histogram:
             free(self.h)
 
     @staticmethod
-    cdef Histogram view(hist_t *h, object owner):
+    cdef Histogram view(hist_t *h, object owner, uint64_t *version):
         cdef Histogram self = Histogram.__new__(Histogram)
         self.h = h
         self.owner = owner
+        self.version = version
         return self
 
     @property
@@ -89,6 +92,8 @@ cdef class Histogram:
 
     def observe(self, uint64_t ns):
         hist_add(self.h, ns)
+        if self.version != NULL:
+            hcd_bump(self.version)
 
     def quantile(self, double q):
         """The upper bound of the bucket that holds the q-quantile, in nanoseconds; 0.0 while empty."""
@@ -119,29 +124,54 @@ cdef class Histogram:
 
     def merge(self, Histogram other):
         hist_merge(self.h, other.h)
+        if self.version != NULL:
+            hcd_bump(self.version)
+
+
+cdef class DeviceStats:
+    """What is counted of one device as a whole, and what is the matter with it now."""
+
+    def add_handler_errors(self, uint64_t n=1):
+        """From any thread."""
+        hcd_add64(&self.handler_errors, n)
 
 
 cdef class DoorbellStats:
     """Counters of one doorbell on one path."""
 
     @property
+    def rings(self):
+        return self.c_rings
+
+    @property
+    def wakeups(self):
+        return self.c_wakeups
+
+    @property
     def dispatch(self):
-        return Histogram.view(&self.c_dispatch, self)
+        return Histogram.view(&self.c_dispatch, self, &self.version)
 
     @property
     def response(self):
-        return Histogram.view(&self.c_response, self)
+        return Histogram.view(&self.c_response, self, &self.version)
 
     @property
     def ring(self):
-        return Histogram.view(&self.c_ring, self)
+        return Histogram.view(&self.c_ring, self, &self.version)
+
+    def add_rings(self, uint64_t rings):
+        """One wake-up by so many."""
+        self.c_rings += rings
+        self.c_wakeups += 1
+        hcd_bump(&self.version)
 
     def merge(self, DoorbellStats other):
-        self.rings += other.rings
-        self.wakeups += other.wakeups
+        self.c_rings += other.c_rings
+        self.c_wakeups += other.c_wakeups
         hist_merge(&self.c_dispatch, &other.c_dispatch)
         hist_merge(&self.c_response, &other.c_response)
         hist_merge(&self.c_ring, &other.c_ring)
+        hcd_bump(&self.version)
 
 
 cdef class InterruptStats:
@@ -151,8 +181,9 @@ cdef class InterruptStats:
 cdef class QueueStats:
     """Counters of one queue of one device, for as long as the device exists."""
 
-    def __cinit__(self, operations):
+    def __cinit__(self, operations, DeviceStats device=None):
         self.operations = tuple(operations)
+        self.device = DeviceStats() if device is None else device
         if not 1 <= len(self.operations) <= MAX_OPS:
             raise ValueError(f"a device names 1 to {MAX_OPS} operations, not {len(self.operations)}")
         self.latencies = <hist_t *>calloc(len(self.operations), sizeof(hist_t))
@@ -162,6 +193,10 @@ cdef class QueueStats:
     def __dealloc__(self):
         free(self.latencies)
 
+    cdef void guest_error(self) noexcept:
+        self.c.guest_errors += 1
+        hcd_add64(&self.device.guest_errors, 1)
+
     def requests(self, int op, int status):
         if not (0 <= op < len(self.operations) and 0 <= status < STATUSES):
             raise IndexError("no such operation or status")
@@ -170,7 +205,7 @@ cdef class QueueStats:
     def latency(self, int op):
         if not 0 <= op < len(self.operations):
             raise IndexError("no such operation")
-        return Histogram.view(&self.latencies[op], self)
+        return Histogram.view(&self.latencies[op], self, &self.c.version)
 
     def oldest_ns(self):
         cdef uint64_t oldest = self.c.oldest
@@ -231,6 +266,7 @@ cdef class QueueStats:
 
     @guest_errors.setter
     def guest_errors(self, uint64_t value):
+        hcd_add64(&self.device.guest_errors, value - self.c.guest_errors)
         self.c.guest_errors = value
 
     @property
@@ -239,6 +275,7 @@ cdef class QueueStats:
 
     @handler_errors.setter
     def handler_errors(self, uint64_t value):
+        hcd_add64(&self.device.handler_errors, value - self.c.handler_errors)
         self.c.handler_errors = value
 
 

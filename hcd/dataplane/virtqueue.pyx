@@ -40,6 +40,7 @@ from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memmove, memset
 
 from hcd.dataplane._atomics cimport (
+    hcd_bump,
     hcd_fence,
     hcd_le16,
     hcd_le32,
@@ -468,6 +469,7 @@ cdef class Virtqueue:
         self.current = <PyObject *>r
         self.n_inflight += 1
         self.stats.c.inflight += 1
+        hcd_bump(&self.stats.c.version)
 
     cdef void unlink(self, Request r) noexcept:
         if r.older != NULL:
@@ -484,13 +486,14 @@ cdef class Virtqueue:
         self.n_inflight -= 1
         self.n_stale -= r.generation != self.generation
         self.stats.c.inflight -= 1
+        hcd_bump(&self.stats.c.version)
         Py_DECREF(r)
 
     cdef int break_ring(self, str why) except -1:
         cdef uint64_t one = 1
         self.broken = why
         self.update_running()
-        self.stats.c.guest_errors += 1
+        self.stats.guest_error()
         if self.err_fd >= 0:
             hcd_nudge()
             write(self.err_fd, &one, 8)
@@ -589,6 +592,7 @@ cdef class Virtqueue:
             return self.retire(r, written)
         r.state = WAITS
         r.result = written
+        hcd_bump(&self.stats.c.version)
         next_one = self.oldest_of_ring()
         while next_one is not None and next_one.state == WAITS:
             self.retire(next_one, next_one.result)
@@ -672,33 +676,37 @@ cdef class Virtqueue:
         self.ring.signalled_valid = True
         if not wanted:
             self.stats.c.suppressed += 1
+            hcd_bump(&self.stats.c.version)
             return 0
         self.interrupt()
         if self.batch_woken:
             hist_add(&self.doorbell.c_response, hcd_now() - self.batch_woken)
+            hcd_bump(&self.doorbell.version)
         return 0
 
     cdef int interrupt(self) except -1:
         cdef uint64_t one = 1
-        cdef ssize_t n
+        cdef ssize_t n = 0
+        if self.call_fd >= 0:
+            hcd_nudge()
+            n = write(self.call_fd, &one, 8)
         if self.call_fd < 0:
             self.stats.c.absent += 1
             self.call_owed = True
-            return 0
-        hcd_nudge()
-        n = write(self.call_fd, &one, 8)
-        if n == 8:
+        elif n == 8:
             self.stats.c.sent += 1
             self.call_used = True
         elif n < 0 and errno == EAGAIN:
             self.stats.c.pending += 1
         elif n < 0 and errno == EINTR:
             self.stats.c.pending += 1
+            hcd_bump(&self.stats.c.version)
             self.call_fd = -1
             self.call_used = False
-            self.break_ring("the front end made the call eventfd block")
+            return self.break_ring("the front end made the call eventfd block")
         else:
             self.stats.c.absent += 1
+        hcd_bump(&self.stats.c.version)
         return 0
 
     # -- rings and turns, for the lane that owns the queue
@@ -722,8 +730,9 @@ cdef class Virtqueue:
             self.spurious = False
             value -= 1
         if value:
-            self.doorbell.rings += value
-            self.doorbell.wakeups += 1
+            self.doorbell.c_rings += value
+            self.doorbell.c_wakeups += 1
+            hcd_bump(&self.doorbell.version)
         return value
 
     cpdef begin_turn(self, uint64_t woken, bint by_ring, bint batch=True):
@@ -740,6 +749,7 @@ cdef class Virtqueue:
         self.found = self.stats.c.found_ring + self.stats.c.found_poll
         if by_ring:
             hist_add(&self.doorbell.c_dispatch, hcd_now() - woken)
+            hcd_bump(&self.doorbell.version)
 
     cpdef bint stalled(self) except -1:
         """The handler took no request in this turn, although the ring holds some and the queue is not passive: it

@@ -140,4 +140,4 @@ def _copies(record: Record, given: Mapping[str, int]) -> dict[str, list[int]]:
 def _give_up(device: str, host: HostBase | None, why: Exception) -> None:
     _log.warning("%s: the session of an earlier process ends: %s", device, why)
     if host is not None:
-        host.handovers_failed += 1
+        host.stats.handovers_failed += 1

@@ -168,7 +168,7 @@ class _Check:
     ) -> None:
         """One rule, and what hcd noticed meanwhile."""
         served.run(served.host.rare_log.flush)
-        errors = served.host.handler_errors
+        errors = served.host.stats.handler_errors
         try:
             rule(scene)
         except Broken as broken:
@@ -178,7 +178,7 @@ class _Check:
         finally:
             scene.close()
         served.wait_disconnected()
-        self.collect(served, log, name, where, served.host.handler_errors - errors)
+        self.collect(served, log, name, where, served.host.stats.handler_errors - errors)
 
     def collect(self, served: Served, log: _LogWatch, name: str, where: str, errors: int) -> None:
         """Turn what hcd noticed into findings."""

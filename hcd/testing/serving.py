@@ -254,7 +254,7 @@ class Served:
 
     def metrics(self) -> Metrics:
         """What /metrics of a daemon with this device would say now."""
-        render = cold.Renderer(self._hot, [self.host], self._registry)
+        render = cold.Renderer(self._hot, self._registry)
         return Metrics(b"".join(render()).decode())
 
 

@@ -147,7 +147,7 @@ class _Session:
         except _HungUp:
             self.host.rare_log.log(logging.INFO, "VMMs that go", "VMM %s disconnected", self._shown())
         except ProtocolError as error:
-            self.host.protocol_errors += 1
+            self.host.stats.protocol_errors += 1
             self.host.rare_log.error(
                 "protocol errors", "the VMM %s broke the protocol: %s; its connection ends", self._shown(), error
             )

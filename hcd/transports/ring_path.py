@@ -55,7 +55,7 @@ class PathFinder:
                 host.set_negotiated_path(features)
             return
         conflict = answer.conflict(host.spec.path)
-        host.path_conflict = bool(conflict)
+        host.stats.path_conflict = bool(conflict)
         if conflict:
             host.rare_log.warning(("path", host.spec.path), "%s", conflict)
         elif host.path_is_open:

@@ -51,7 +51,7 @@ def _session_of(handed: Handed | None, host: DeviceHost, qmp_path: str) -> Sessi
     except BaseException as error:
         connection.close()
         handed.close()
-        host.handovers_failed += 1
+        host.stats.handovers_failed += 1
         host.device_failed("what it is asked when a front end is taken over,", contained(error))
         return None
 

@@ -175,7 +175,7 @@ class Session:
         session.cancel()
 
     def _protocol_error(self, text: str) -> None:
-        self.host.protocol_errors += 1
+        self.host.stats.protocol_errors += 1
         self.host.rare_log.error("protocol errors", "the front end (pid %s) broke the protocol: %s; its connection "
                                  "ends", shown_pid(self.peer), text)
 
@@ -227,14 +227,14 @@ class Session:
             await resume(handed, self._conn, backend)
         except Exception as error:
             self._gone = True
-            host.handovers_failed += 1
+            host.stats.handovers_failed += 1
             host.log.warning("the session of an earlier process ends: %s", error)
             if not isinstance(error, ValueError | ProtocolError | OSError):
                 host.device_failed("a method that the connection cannot go on without", error)
             return False
         else:
             host.kept = self
-            host.handovers_resumed += 1
+            host.stats.handovers_resumed += 1
             host.log.info("went on with the front end (pid %s) of an earlier process", shown_pid(self.peer))
             return True
         finally:
