@@ -209,24 +209,23 @@ async def _open_devices(
 
 async def _bind_metrics(
     stack: AsyncExitStack, address: Address | None, given: Activation
-) -> list[trio.SocketListener]:
+) -> list[socket.socket]:
     if given.metrics:
-        return [trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in given.metrics]
+        return list(given.metrics)
     if address is None:
         return []
     if address.path:
         made = sockets.UnixListener(address.path)
         stack.callback(made.close)
-        listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(made.socket))]
+        listeners = [made.socket]
     else:
         try:
-            listeners = await trio.open_tcp_listeners(address.port, host=address.host)
+            opened = await trio.open_tcp_listeners(address.port, host=address.host)
         except (OSError, UnicodeError) as exc:  # UnicodeError: a host name that cannot be one
             reason = getattr(exc, "strerror", None) or exc
             raise ConfigError(f"cannot serve metrics on {address}: {reason}") from exc
-        for listener in listeners:
-            stack.push_async_callback(listener.aclose)
-        address = Address(host=address.host, port=listeners[0].socket.getsockname()[1])
+        listeners = [stack.enter_context(socket.socket(fileno=one.socket.detach())) for one in opened]
+        address = Address(host=address.host, port=listeners[0].getsockname()[1])
     _log.info("metrics at %s", address if address.path else f"http://{address}/metrics")
     return listeners
 

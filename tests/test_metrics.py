@@ -305,14 +305,13 @@ async def serving(
     with socket.socket(socket.AF_UNIX) as raw:
         raw.bind(str(path / "metrics.sock"))
         raw.listen()
-        listener = trio.SocketListener(trio.socket.from_stdlib_socket(raw))
 
         async def connect() -> Scraper:
             stream = await trio.open_unix_socket(str(path / "metrics.sock"))
             return Scraper(await stack.enter_async_context(stream))
 
         async with contextlib.AsyncExitStack() as stack, trio.open_nursery() as nursery:
-            nursery.start_soon(server.serve, [listener], text)
+            nursery.start_soon(server.serve, [raw], text)
             yield connect
             nursery.cancel_scope.cancel()
 

@@ -7,6 +7,7 @@ kept alive, because Prometheus scrapes over one for hours.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 from collections.abc import Callable, Sequence
@@ -27,6 +28,9 @@ MAX_CONNECTIONS = 32
 REQUEST_TIMEOUT = 10.0
 #: seconds that a connection may wait between requests, once it has asked for something
 IDLE_TIMEOUT = 150.0
+
+#: after an accept that failed (seconds)
+ACCEPT_PAUSE = 0.1
 
 #: what a connection may hold of an answer. Megabytes go out in fewer turns, and (TCP) stay in the processor's cache:
 #: measured, half the time of the kernel's own choice. The kernel cuts it to net.core.wmem_max.
@@ -73,114 +77,182 @@ def parse_head(data: bytes) -> Head:
     return Head(method, target.partition("?")[0], keep_alive)
 
 
-async def serve(listeners: Sequence[trio.SocketListener], render: Callable[[], Pieces]) -> None:
+async def serve(listeners: Sequence[socket.socket], render: Callable[[], Pieces]) -> None:
     """Answer on every listener until cancelled. ``render`` makes the text of one scrape."""
     slots = trio.CapacityLimiter(MAX_CONNECTIONS)
+    async with trio.open_nursery() as nursery:
+        for listener in listeners:
+            listener.setblocking(False)
+            nursery.start_soon(_accept, listener, _Server(render, slots, nursery))
 
-    async def handle(stream: trio.SocketStream) -> None:
+
+async def _accept(listener: socket.socket, server: _Server) -> None:
+    while True:
+        await trio.lowlevel.wait_readable(listener)
         try:
-            slots.acquire_on_behalf_of_nowait(stream)
+            sock, _ = listener.accept()
+        except BlockingIOError:
+            continue
+        except OSError as error:
+            # For want of fds or memory it fails until somebody gives some back; else the scraper was gone already.
+            _log.warning("accept", "a scraper cannot be accepted: %s", error.strerror)
+            await trio.sleep(ACCEPT_PAUSE)
+            continue
+        server.welcome(sock)
+
+
+@dataclass(frozen=True, slots=True)
+class _Server:
+    """What the connections share."""
+
+    render: Callable[[], Pieces]
+    slots: trio.CapacityLimiter
+    nursery: trio.Nursery
+
+    def welcome(self, sock: socket.socket) -> None:
+        connection = _Connection(sock, self.render)
+        try:
+            self.slots.acquire_on_behalf_of_nowait(connection)
         except trio.WouldBlock:
+            sock.close()
             _log.warning("scrapers", "a scraper was turned away: %d connections are open", MAX_CONNECTIONS)
-            return
+        else:
+            self.nursery.start_soon(self._serve, connection)
+
+    async def _serve(self, connection: _Connection) -> None:
         try:
-            await _Connection(stream, render).run()
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass  # the scraper went away
+            await connection.run()
+        except _GoneError:
+            pass
         except Exception as exc:  # one scrape must not end the server
             _log.error("failed scrapes", "a scrape failed: %s: %s", type(exc).__name__, exc)
         finally:
-            slots.release_on_behalf_of(stream)
+            self.slots.release_on_behalf_of(connection)
 
-    await trio.serve_listeners(handle, list(listeners))
+
+class _GoneError(Exception):
+    """The scraper went away."""
 
 
 class _Connection:
-    def __init__(self, stream: trio.SocketStream, render: Callable[[], Pieces]) -> None:
-        self._stream = stream
-        stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    """One scraper. The socket is used as it is: through a stream of trio the same takes twice the time."""
+
+    def __init__(self, sock: socket.socket, render: Callable[[], Pieces]) -> None:
+        self._sock = sock
         self._render = render
         self._buffer = bytearray()
+        self._reading = False  # a request has begun, and is not there whole
+        self._scope = trio.CancelScope()
 
     async def run(self) -> None:
-        keep_alive = True
-        patience = REQUEST_TIMEOUT
+        """Serve the scraper until it is done, or has run out of time."""
+        with self._sock:
+            self._sock.setblocking(False)
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+            if self._sock.family != socket.AF_UNIX:
+                self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with self._scope:
+                await self._serve()
+            if self._scope.cancelled_caught and self._reading:
+                with contextlib.suppress(OSError):
+                    self._sock.sendmsg(_response(HTTPStatus.REQUEST_TIMEOUT, keep_alive=False))
+
+    async def _serve(self) -> None:
+        keep_alive = await self._answer_next(REQUEST_TIMEOUT)
         while keep_alive:
-            head = await self._read_head(patience)
-            if head is None:
-                return
-            patience = IDLE_TIMEOUT
-            with trio.move_on_after(REQUEST_TIMEOUT) as scope:
-                keep_alive = await self._answer(head)
-            if scope.cancelled_caught:
-                return
+            await trio.lowlevel.checkpoint()  # nobody else would have a turn while its requests keep coming
+            keep_alive = await self._answer_next(IDLE_TIMEOUT)
 
-    async def _read_head(self, patience: float) -> Head | BadRequest | None:
-        """The next request; None when the scraper is done, or has asked nothing for ``patience`` seconds."""
-        with trio.move_on_after(patience):
-            await self._begin()
-        if not self._buffer:
-            return None
-        with trio.move_on_after(REQUEST_TIMEOUT):
-            try:
-                return parse_head(await self._until_blank_line())
-            except BadRequest as refused:
-                return refused
-            except trio.EndOfChannel:
-                return None
-        return BadRequest(HTTPStatus.REQUEST_TIMEOUT)
+    async def _answer_next(self, patience: float) -> bool:
+        """Answer the next request, which is to begin within ``patience`` seconds; whether the connection goes on."""
+        self._allow(patience)
+        try:
+            head = await self._read_head()
+        except BadRequest as refused:
+            self._reading = False
+            self._allow(REQUEST_TIMEOUT)
+            await self._send(_response(refused.status, keep_alive=False))
+            return False
+        if head is None:
+            return False
+        self._allow(REQUEST_TIMEOUT)
+        await self._send(self._response_to(head))
+        return head.keep_alive
 
-    async def _begin(self) -> None:
-        """Return when a request has begun, or the scraper has hung up."""
+    def _allow(self, seconds: float) -> None:
+        self._scope.deadline = trio.current_time() + seconds
+
+    async def _read_head(self) -> Head | None:
+        """The next request; None when the scraper is done."""
         while not self._buffer:
-            data = await self._stream.receive_some(MAX_HEAD)
+            data = await self._receive()
             if not data:
-                return
+                return None
             self._buffer += data.lstrip(b"\r\n")  # RFC 9112 2.2: empty lines may stand before a request
-
-    async def _until_blank_line(self) -> bytes:
+        self._reading = True
+        self._allow(REQUEST_TIMEOUT)
         while (end := self._buffer.find(b"\r\n\r\n")) < 0:
             if len(self._buffer) > MAX_HEAD:
                 raise BadRequest(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
-            data = await self._stream.receive_some(MAX_HEAD)
+            data = await self._receive()
             if not data:
-                raise trio.EndOfChannel
+                return None
             self._buffer += data
+        self._reading = False
         head = bytes(self._buffer[:end])
         del self._buffer[: end + 4]
         if len(head) > MAX_HEAD:
             raise BadRequest(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
-        return head
+        return parse_head(head)
 
-    async def _answer(self, head: Head | BadRequest) -> bool:
-        """Send the response; returns whether the connection goes on."""
-        body: Pieces
-        if isinstance(head, BadRequest):
-            await self._send(head.status, [_text(head.status)], keep_alive=False)
-            return False
+    def _response_to(self, head: Head) -> Pieces:
         if head.path != "/metrics":
-            status, body = HTTPStatus.NOT_FOUND, [b"Not Found: the metrics are at /metrics\n"]
-        elif head.method not in _METHODS:
-            status, body = HTTPStatus.METHOD_NOT_ALLOWED, [_text(HTTPStatus.METHOD_NOT_ALLOWED)]
-        else:
-            status, body = HTTPStatus.OK, self._render()
-        await self._send(status, body, keep_alive=head.keep_alive, with_body=head.method != "HEAD")
-        return head.keep_alive
+            text = b"Not Found: the metrics are at /metrics\n"
+            return _response(HTTPStatus.NOT_FOUND, [text], keep_alive=head.keep_alive, head_only=head.method == "HEAD")
+        if head.method not in _METHODS:
+            return _response(HTTPStatus.METHOD_NOT_ALLOWED, keep_alive=head.keep_alive)
+        return _response(HTTPStatus.OK, self._render(), keep_alive=head.keep_alive, head_only=head.method == "HEAD")
 
-    async def _send(self, status: HTTPStatus, body: Pieces, *, keep_alive: bool, with_body: bool = True) -> None:
-        lines = [
-            f"HTTP/1.1 {status.value} {status.phrase}",
-            f"Content-Type: {CONTENT_TYPE if status is HTTPStatus.OK else 'text/plain; charset=utf-8'}",
-            f"Content-Length: {sum(map(len, body))}",
-            f"Connection: {'keep-alive' if keep_alive else 'close'}",
-        ]
-        if status is HTTPStatus.METHOD_NOT_ALLOWED:
-            lines.append(f"Allow: {', '.join(_METHODS)}")
-        head = "\r\n".join([*lines, "", ""]).encode("ascii")
-        # The largest piece goes as it is: joining megabytes costs about what sending them does.
-        await self._stream.send_all(head)
-        for piece in body if with_body else ():
-            await self._stream.send_all(piece)
+    async def _receive(self) -> bytes:
+        """What has come; empty at the end."""
+        while True:
+            try:
+                return self._sock.recv(MAX_HEAD)
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self._sock)
+            except OSError as error:
+                raise _GoneError from error
+
+    async def _send(self, pieces: Pieces) -> None:
+        """All of them, from where they lie: joining megabytes costs about what sending them does."""
+        left = list(pieces)
+        while left:
+            try:
+                sent = self._sock.sendmsg(left)
+            except BlockingIOError:
+                await trio.lowlevel.wait_writable(self._sock)
+                continue
+            except OSError as error:
+                raise _GoneError from error
+            while left and sent >= len(left[0]):
+                sent -= len(left.pop(0))
+            if sent:
+                left[0] = memoryview(left[0])[sent:]
+
+
+def _response(status: HTTPStatus, body: Pieces = (), *, keep_alive: bool, head_only: bool = False) -> Pieces:
+    """The head and the body; without one the text of ``status``."""
+    body = body or [f"{status.phrase}\n".encode("ascii")]
+    lines = [
+        f"HTTP/1.1 {status.value} {status.phrase}",
+        f"Content-Type: {CONTENT_TYPE if status is HTTPStatus.OK else 'text/plain; charset=utf-8'}",
+        f"Content-Length: {sum(map(len, body))}",
+        f"Connection: {'keep-alive' if keep_alive else 'close'}",
+    ]
+    if status is HTTPStatus.METHOD_NOT_ALLOWED:
+        lines.append(f"Allow: {', '.join(_METHODS)}")
+    head = "\r\n".join([*lines, "", ""]).encode("ascii")
+    return [head] if head_only else [head, *body]
 
 
 def _field(field: bytes) -> tuple[str, str]:
@@ -188,7 +260,3 @@ def _field(field: bytes) -> tuple[str, str]:
     if not colon or not name or name != name.strip():
         raise BadRequest(HTTPStatus.BAD_REQUEST)
     return name.decode("ascii").lower(), value.strip().decode("ascii")
-
-
-def _text(status: HTTPStatus) -> bytes:
-    return f"{status.phrase}\n".encode("ascii")
