@@ -241,7 +241,7 @@ def test_metrics_are_served_on_tcp(start: Start, tmp_path: Path) -> None:
     with urllib.request.urlopen(url, timeout=30) as response:
         text = response.read().decode()
     assert {"hcd_doorbell_info", "hcd_doorbell_rings", "process_cpu_seconds"} <= families(text)
-    assert 'hcd_connected{device="desk"} 0.0' in text
+    assert 'hcd_connected{device="desk"} 0\n' in text
     assert hcd.end(signal.SIGTERM)[0] == 0
 
 
