@@ -12,7 +12,7 @@ ctypedef struct hist_t:
     uint64_t counts[168]
 
 ctypedef struct queue_counts_t:
-    uint64_t version         # hcd_bump after any of the others changed
+    uint64_t version         # hcd_bump after others changed; while a request is in flight, they are looked at anyway
     uint64_t oldest          # CLOCK_MONOTONIC of the oldest request's pop, 0 without one
     uint64_t found_ring
     uint64_t found_poll

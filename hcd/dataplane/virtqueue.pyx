@@ -469,7 +469,6 @@ cdef class Virtqueue:
         self.current = <PyObject *>r
         self.n_inflight += 1
         self.stats.c.inflight += 1
-        hcd_bump(&self.stats.c.version)
 
     cdef void unlink(self, Request r) noexcept:
         if r.older != NULL:
@@ -592,7 +591,6 @@ cdef class Virtqueue:
             return self.retire(r, written)
         r.state = WAITS
         r.result = written
-        hcd_bump(&self.stats.c.version)
         next_one = self.oldest_of_ring()
         while next_one is not None and next_one.state == WAITS:
             self.retire(next_one, next_one.result)

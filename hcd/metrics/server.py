@@ -95,7 +95,7 @@ async def _accept(listener: socket.socket, server: _Server) -> None:
             continue
         except OSError as error:
             # For want of fds or memory it fails until somebody gives some back; else the scraper was gone already.
-            _log.warning("accept", "a scraper cannot be accepted: %s", error.strerror)
+            _log.warning("accept", "cannot accept a scraper: %s", error.strerror)
             await trio.sleep(ACCEPT_PAUSE)
             continue
         server.welcome(sock)
