@@ -17,7 +17,7 @@ from hcd_protocols.virtio.features import RingFeature
 from hcd.config import DeviceSpec
 from hcd.dataplane.stats import DeviceStats, HotText, QueueStats
 from hcd.dataplane.virtqueue import Limit, Virtqueue
-from hcd.declaration import config_fault, unusable_when_open
+from hcd.declaration import NOT_INITIALISED, config_fault, initialised, unusable_when_open
 from hcd.device import Device, DeviceBase
 from hcd.device_lane import DeviceLane
 from hcd.doorbell import Doorbell, Path, PathSource, Registry
@@ -175,6 +175,8 @@ class HostBase:
 
     def _export(self) -> None:
         """What is counted of the device is told from now on, until it is closed."""
+        if not initialised(self._device):
+            raise PluginError(f"{type(self._device).__name__}: {NOT_INITIALISED}")
         self._hot.add_device(self.spec.name, self.stats)
         self._registry.add_instruments(self.spec.name, self._device.instruments)
         self._slow.devices[self.spec.name] = self.stats

@@ -184,12 +184,13 @@ def test_the_time_that_a_limit_holds_a_queue_back() -> None:
     followed = follow(pair)
     offer(pair, 3)
     with followed.step():
-        take(pair)
+        take(pair).complete()
+        pair.queue.flush()
     assert pair.queue.pop() is None
     with followed.step():
         lane.woken.pop()()
     with followed.step():
-        limit.set()
+        pair.queue.stop()
     pair.close()
 
 
@@ -202,8 +203,6 @@ def test_what_a_doorbell_device_counts() -> None:
 
     fd, line_fd = (os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2))
     bell, line, followed = Bell("go", fd, stats), Interrupt("line", told), Followed(add)
-    memory = bytearray(8)
-    bell.set_stamp(memory, 0)
     os.eventfd_write(fd, 2)
     with followed.step():
         assert bell.take() == 2
@@ -225,6 +224,5 @@ def test_what_a_doorbell_device_counts() -> None:
     other.add_rings(4)
     with followed.step():
         stats.merge(other)
-    bell.release()
     os.close(fd)
     os.close(line_fd)

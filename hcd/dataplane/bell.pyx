@@ -86,7 +86,6 @@ cdef class Bell:
         ns = <double><int64_t>(tsc + <uint64_t>self.offset - stamp) * 1e6 / self.khz - <double>late
         if 0 < ns < LONGEST_NS:
             hist_add(&self.stats.c_ring, <uint64_t>ns)
-            hcd_bump(&self.stats.version)
 
     # -- rings
 
@@ -104,12 +103,12 @@ cdef class Bell:
         self.answered = False
         self.stats.c_rings += value
         self.stats.c_wakeups += 1
-        hcd_bump(&self.stats.version)
         if self.stamp != NULL and self.khz:
             if value == 1:
                 self.observe_stamp(woken)
             else:
                 self.last_stamp = hcd_load64(self.stamp)
+        hcd_bump(&self.stats.version)
         return value
 
     cdef int rung(self, uint64_t woken) except -1:
