@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import operator
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -22,7 +22,7 @@ __all__ = ["ColdText", "Renderer"]
 
 
 #: seconds
-SLOW_AGE = 1.0
+PROCESS_AGE = 1.0
 
 
 class HotSource(Protocol):
@@ -49,14 +49,16 @@ class ColdText:
         self._own.register(OwnCollector(registry.instruments))
         self._seen: object = None
         self._doorbells = b""
-        self._slow = _SlowText()
+        self._path_costs = _PathCosts()
+        self._build = _text("hcd_build_info", ([(VERSION, _PYTHON)], [1]))
+        self._process = _ProcessText()
 
     def render(self) -> bytes:
         if (version := self._registry.version) is not self._seen:
             self._doorbells = b"".join(_text(*family) for family in _doorbells(list(self._registry)))
             self._seen = version
         own = generate_latest(self._own) if self._registry.instruments() else b""
-        return self._doorbells + own + self._slow.render()
+        return b"".join([self._doorbells, self._path_costs.render(), self._build, own, self._process.render()])
 
 
 def _doorbells(bells: Sequence[Doorbell]) -> Iterator[tuple[str, Samples]]:
@@ -65,35 +67,32 @@ def _doorbells(bells: Sequence[Doorbell]) -> Iterator[tuple[str, Samples]]:
     yield "hcd_doorbell_registered", (list(map(_PLACE, known)), [int(bool(bell.registered)) for bell in known])
 
 
-class _SlowText:
-    """What takes a while to find out and is at most ``SLOW_AGE`` seconds old: process_* (counting a thousand
-    descriptors), and what the last ``hcd lab`` found, which may run beside this daemon."""
+class _ProcessText:
+    """The process_* families, at most ``PROCESS_AGE`` seconds old: counting a thousand descriptors takes a while."""
 
     def __init__(self) -> None:
-        self._process = CollectorRegistry(auto_describe=False)
-        ProcessCollector(registry=self._process)
-        self._path_costs = _PathCosts()
+        self._registry = CollectorRegistry(auto_describe=False)
+        ProcessCollector(registry=self._registry)
         self._text = b""
-        self._made = -SLOW_AGE
+        self._made = -PROCESS_AGE
 
     def render(self) -> bytes:
         now = time.monotonic()
-        if now - self._made >= SLOW_AGE:
-            build = _text("hcd_build_info", ([(VERSION, _PYTHON)], [1]))
-            self._text = b"".join([self._path_costs.render(), build, generate_latest(self._process)])
-            self._made = now
+        if now - self._made >= PROCESS_AGE:
+            self._text, self._made = generate_latest(self._registry), now
         return self._text
 
 
 class _PathCosts:
-    """What the last ``hcd lab`` found; read when its file is another one."""
+    """What the last ``hcd lab`` found, which may run beside this daemon; read when its file is another one."""
 
     def __init__(self) -> None:
+        self._paths = list(map(str, saved_candidates()))
         self._seen: list[tuple[int, int, int]] | None = None
         self._text = b""
 
     def render(self) -> bytes:
-        seen = [_file_id(path) for path in saved_candidates()]
+        seen = list(map(_file_id, self._paths))
         if seen != self._seen:
             costs = sorted(load_saved().items())
             samples = [labels for labels, _ in costs], [seconds for _, seconds in costs]
@@ -101,9 +100,9 @@ class _PathCosts:
         return self._text
 
 
-def _file_id(path: Path) -> tuple[int, int, int]:
+def _file_id(path: str) -> tuple[int, int, int]:
     try:
-        status = path.stat()
+        status = os.stat(path)
     except OSError:
         return 0, 0, 0
     return status.st_ino, status.st_mtime_ns, status.st_size
