@@ -229,7 +229,7 @@ def test_what_is_rung_while_rings_are_delayed_comes_after_them(kind: type[Counte
             wait_for(lambda: len(served.device.heard) > 1)
         served.wait_disconnected()
         assert sum(count for _, count in served.device.heard) == 4
-        assert served.host.handler_errors == 0
+        assert served.host.stats.handler_errors == 0
 
 
 @KINDS

@@ -346,7 +346,7 @@ async def test_a_handler_that_fails_when_it_is_cancelled_ends_nothing_but_itself
         while s.host.connected:
             await trio.testing.wait_all_tasks_blocked()
         assert "Mourns: process(), cancelled with its session, raised ZeroDivisionError: cut off" in caplog.text
-        assert s.host.handler_errors == 2
+        assert s.host.stats.handler_errors == 2
 
 
 async def test_memory_is_unmapped_by_a_thread_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
