@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from hcd_protocols.virtio.vsock import HEADER_SIZE, MessageFlag, Op, Shutdown, S
 
 from hcd.device import ConfigError
 from hcd.devices.vsock import Vsock
-from hcd.devices.vsock_messages import MOST
+from hcd.devices.vsock_messages import MOST, Lengths
 from hcd.frontend.vsock import VsockDriver
 from hcd.testing import ServedDevice, serve
 
@@ -142,6 +143,33 @@ def test_a_guest_in_the_middle_of_a_message_learns_of_all_its_credit(driver: Mes
     assert driver.expect(Op.CREDIT_UPDATE)[0].fwd_cnt == 3000
     driver.say(b"c" * 3000)
     assert host.recv(1 << 16) == b"b" * (BUFFER - 3000) + b"c" * 3000
+
+
+def test_the_shortest_messages_take_little_room(driver: Messenger, host: socket.socket, served: ServedDevice) -> None:
+    """A guest can have as many of them wait as its credit has bytes."""
+    device: Any = served.device
+    (channel,) = device._table._channels.values()
+    sent = 0
+    while not served.run(lambda: channel._unsent):
+        driver.say(b"%d" % (sent % 10))
+        sent += 1
+    for _ in range(500):
+        driver.say(b"%d" % (sent % 10))
+        sent += 1
+    assert served.run(lambda: sum(map(sys.getsizeof, (channel._buffer, channel._whole._packed)))) < 4000
+    assert [host.recv(10) for _ in range(sent)] == [b"%d" % (number % 10) for number in range(sent)]
+
+
+def test_lengths_come_out_as_they_went_in() -> None:
+    numbers = [1, 127, 128, 16383, 16384, 1 << 24, 5]
+    lengths = Lengths()
+    for number in numbers:
+        lengths.append(number)
+    assert len(lengths) == 1 + 1 + 2 + 2 + 3 + 4 + 1
+    for number in numbers:
+        assert lengths.first == number
+        lengths.popleft()
+    assert not lengths
 
 
 @pytest.mark.parametrize("buffer", [1 << 20])

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections import deque
 from typing import Any
 
 from hcd_protocols.virtio.vsock import Header, MessageFlag, Shutdown
@@ -26,6 +25,41 @@ __all__ = ["MOST", "MessageChannel"]
 MOST = CHUNK
 
 
+class Lengths:
+    """Numbers above 0 in a row, in as few bytes as they need: a guest may send as many messages as bytes."""
+
+    def __init__(self) -> None:
+        self._packed = bytearray()  # seven bits a byte, the low ones first; the last byte of a number is below 128
+
+    def __len__(self) -> int:
+        """Bytes that they take."""
+        return len(self._packed)
+
+    def append(self, number: int) -> None:
+        while number > 127:
+            self._packed.append(number & 127 | 128)
+            number >>= 7
+        self._packed.append(number)
+
+    @property
+    def first(self) -> int:
+        number = 0
+        for place, byte in enumerate(self._packed):
+            number |= (byte & 127) << 7 * place
+            if byte < 128:
+                break
+        return number
+
+    def popleft(self) -> None:
+        end = 0
+        while self._packed[end] > 127:
+            end += 1
+        del self._packed[: end + 1]  # which moves nothing, as pop(0) would
+
+    def clear(self) -> None:
+        self._packed.clear()
+
+
 class MessageChannel(Channel):
     """One connection with its socket."""
 
@@ -34,7 +68,7 @@ class MessageChannel(Channel):
         assert self._socket is not None
         if self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) < 2 * self.connection.room:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.connection.room)  # doubled by the kernel
-        self._whole: deque[int] = deque()  # lengths of the messages in the buffer; behind them is the begun one
+        self._whole = Lengths()  # of the messages in the buffer; behind them is the begun one
         self._begun = 0
         self._rest = b""  # of a message of the host
 
@@ -47,9 +81,10 @@ class MessageChannel(Channel):
         self._buffer += request.read(header.len)
         self._begun += header.len
         if header.flags & MessageFlag.EOM and self._begun:
+            others = bool(self._whole)
             self._whole.append(self._begun)
             self._begun = 0
-            if len(self._whole) == 1:
+            if not others:
                 self._flush()
         self.connection.forwarded(0)  # for the rest of a message the guest may need what it was not told of yet
 
@@ -58,7 +93,7 @@ class MessageChannel(Channel):
         return bool(self._whole)
 
     def _flush(self) -> None:
-        while self._whole and (sent := self._send(self._buffer[: self._whole[0]])):
+        while self._whole and (sent := self._send(self._buffer[: self._whole.first])):
             self._whole.popleft()
             del self._buffer[:sent]
             self.connection.forwarded(sent)
