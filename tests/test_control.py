@@ -684,6 +684,8 @@ def test_one_user_has_so_many_connections_and_no_more(daemon: HcdProcess, contro
             stack.enter_context(Client(str(control)))
         with pytest.raises(NoDaemonError, match="too many connections"):
             Client(str(control))
+        with pytest.raises(NoDaemonError, match=rf"\A{control}: too many connections to the control socket\Z"):
+            connect(str(control))
     wait_for(control)
     assert "too many connections: pid" in daemon.log_text
 

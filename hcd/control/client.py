@@ -33,6 +33,10 @@ class NoDaemonError(HcdError):
         self.denied = denied
 
 
+class TurnedAwayError(NoDaemonError):
+    """A daemon is there, and does not talk to us now."""
+
+
 class Client:
     """A connection to the daemon that listens at ``path``. NoDaemonError when there is none."""
 
@@ -59,7 +63,7 @@ class Client:
     def _check(self, greeting: dict[str, Any]) -> None:
         if "error" in greeting:
             self._socket.close()
-            raise NoDaemonError(f"{self.path}: {greeting['error'].get('text')}")
+            raise TurnedAwayError(f"{self.path}: {greeting['error'].get('text')}")
         if greeting.get("protocol") != VERSION:
             self._socket.close()
             found = f"hcd {greeting['hcd']} with another version of the protocol" if "hcd" in greeting else "not hcd"
@@ -133,6 +137,8 @@ def connect(given: str | None) -> Client:
     for path in settings.candidates(given):
         try:
             return Client(path)
+        except TurnedAwayError:
+            raise
         except NoDaemonError as error:
             tried.append(f"no daemon answers at {error}")
             denied = denied or error.denied
