@@ -68,5 +68,5 @@ def shown(error: BaseException) -> str:
 def _text(error: BaseException) -> str:
     try:
         return str(error)
-    except Exception:
+    except BaseException:
         return "(it has no text)"

@@ -203,6 +203,13 @@ class Closes(Good):
         request.write(b"done")
         request.complete()
 
+class Mute(Good):
+    class Error(Exception):
+        def __str__(self):
+            sys.exit("no text")
+    def answer(self, request):
+        raise self.Error
+
 class Hides(Good):
     asks = 0
     @property
@@ -311,6 +318,7 @@ def start(
     ("kind", "answer", "line"),
     [
         ("raises", b"", "the handler of Raises failed: ZeroDivisionError: asked to divide"),
+        ("mute", b"", "the handler of Mute failed: Error: (it has no text)"),
         ("twice", b"HELLO", "the handler of Twice failed: ValueError: the request is completed already"),
     ],
 )
