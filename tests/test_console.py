@@ -606,7 +606,7 @@ def test_a_process_that_is_out_of_descriptors_goes_on_later(
     for module in ("connector", "console_sockets", "console_pty"):
         monkeypatch.setattr(f"hcd.devices.{module}.PAUSE", 0.01)
     path = short_dir / "peer"
-    failures = [scarce("hcd.devices.console_stream.select", "epoll")]
+    failures = [scarce(f"hcd.devices.console_{'pty' if kind == 'pty' else 'sockets'}.select", "epoll")]
     with contextlib.ExitStack() as stack:
         if kind == "connect":
             failures.append(scarce("hcd.devices.connector.socket", "socket"))

@@ -73,6 +73,6 @@ class Connector:
         try:
             sock.connect(self._path)
             self._connected(sock)
-        except BaseException:
+        except OSError:
             sock.close()
             raise

@@ -75,7 +75,7 @@ class PtyEnd(StreamEnd):
             return
         if not self.connected and not self._is_hung_up():
             with contextlib.suppress(OSError):  # out of descriptors: the next look may find some
-                self._attach(self.fd)
+                self._attach(self.fd, select.epoll())
         rows, cols, _, _ = struct.unpack("HHHH", fcntl.ioctl(self.fd, termios.TIOCGWINSZ, bytes(8)))
         if (cols, rows) != self.size:
             self.size = (cols, rows)

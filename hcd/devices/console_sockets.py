@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 
 from hcd.device import ConfigError, Handle, Lane, UnixListener
@@ -28,8 +29,8 @@ class SocketEnd(StreamEnd):
     def _connected(self, sock: socket.socket) -> None:
         """``sock`` is the end's from here on, unless OSError is raised."""
         sock.setblocking(False)
-        self._attach(sock.fileno())
-        sock.detach()
+        epoll = select.epoll()
+        self._attach(sock.detach(), epoll)
 
     def _after_loss(self) -> None:
         self._close_fd()

@@ -55,12 +55,11 @@ class StreamEnd(End):
 
     # -- connections
 
-    def _attach(self, fd: int) -> None:
-        """``fd`` (non-blocking) is connected and ours from here on, unless OSError is raised."""
-        epoll = select.epoll()
+    def _attach(self, fd: int, epoll: select.epoll) -> None:
+        """``fd`` (ours, non-blocking) is connected from here on; ``epoll`` is a new one."""
+        self.fd, self._epoll = fd, epoll
         self._blocked = self._leaving = False
         epoll.register(fd, self._events())
-        self.fd, self._epoll = fd, epoll
         self._watch = self.lane.watch(self._epoll.fileno(), self._happened)
         self.connected = True
         self.on_change()

@@ -60,8 +60,8 @@ class StreamLink(Link):
     def _connected(self, sock: socket.socket) -> None:
         writable = select.epoll()  # OSError: without it there is no connection
         writable.register(sock.fileno(), select.EPOLLOUT)
-        self._socket, self._writable = sock, writable
         self._read_watch = self._lane.watch(sock.fileno(), self._readable)
+        self._socket, self._writable = sock, writable
         self.log.info("stream %s: connected", self._path)
         self.up = True
         self.changed()
