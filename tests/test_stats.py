@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -142,3 +144,14 @@ def test_a_document_in_somebodys_hands_does_not_change() -> None:
     text.remove_device("d")
     assert b'device="d"' not in whole(text)
     assert b"".join(held) == before
+
+
+def test_a_text_that_grows_is_built_anew_and_no_other() -> None:
+    """A gauge that gets a digit must not cost a copy of megabytes."""
+    doorbell, text = DoorbellStats(), HotText()
+    text.add_doorbell("d", "0", "pio", doorbell)
+    documents = [view.obj for view in text.render()]
+    for rings, same in ((9, len(documents)), (1, len(documents) - 1)):  # "0" to "9", and then to "10"
+        doorbell.add_rings(rings)
+        before, documents = documents, [view.obj for view in text.render()]
+        assert sum(map(operator.is_, before, documents)) == same
