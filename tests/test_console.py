@@ -597,6 +597,21 @@ def test_connect(console: Callable[..., ServedDevice], short_dir: Path) -> None:
                 assert read_exactly(peer, 4) == b"pong"
 
 
+def test_the_link_to_a_terminal_takes_the_place_of_such_a_link_alone(
+    console: Callable[..., ServedDevice], short_dir: Path
+) -> None:
+    """A process that was killed leaves one behind. Other links are somebody's."""
+    link = short_dir / "vm.tty"
+    link.symlink_to("/dev/pts/4711")
+    console(f"pty:{link}")
+    assert os.readlink(link) != "/dev/pts/4711"
+    other = short_dir / "precious"
+    other.symlink_to("somewhere")
+    with pytest.raises(ConfigError, match=f"pty:{other}: File exists"):
+        console(f"pty:{other}")
+    assert os.readlink(other) == "somewhere"
+
+
 @pytest.mark.parametrize("kind", ["connect", "listen", "pty"])
 def test_a_process_that_is_out_of_descriptors_goes_on_later(
     console: Callable[..., ServedDevice], connect: Any, short_dir: Path, scarce: Scarce,

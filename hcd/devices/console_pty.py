@@ -22,10 +22,12 @@ __all__ = ["PtyEnd"]
 
 #: seconds between two looks
 PAUSE = 1.0
+#: where the system has pseudo-terminals
+PLACE = "/dev/pts/"
 
 
 class PtyEnd(StreamEnd):
-    """A new pseudo-terminal. ``path``, if there is one, becomes a symbolic link to it."""
+    """A new pseudo-terminal. ``path``, if there is one, becomes a symbolic link to it, in the place of an older one."""
 
     def __init__(self, path: str, log: Log) -> None:
         super().__init__(path, log)
@@ -55,7 +57,7 @@ class PtyEnd(StreamEnd):
 
     def _link(self) -> None:
         try:
-            if os.path.islink(self.path):
+            if os.path.islink(self.path) and os.readlink(self.path).startswith(PLACE):
                 os.unlink(self.path)
             os.symlink(self.name, self.path)
         except OSError as error:
