@@ -107,7 +107,7 @@ def connect() -> Iterator[Callable[[Path], socket.socket]]:
 
         def start(path: Path) -> socket.socket:
             client = stack.enter_context(socket.socket(socket.AF_UNIX))
-            client.settimeout(5)
+            client.settimeout(30)
             client.connect(str(path))
             return client
 
@@ -130,7 +130,7 @@ def fill(client: socket.socket, chunk: bytes = b"h" * 4096) -> int:
             total += client.send(chunk)
     except BlockingIOError:
         pass
-    client.settimeout(5)
+    client.settimeout(30)
     return total
 
 
@@ -587,7 +587,7 @@ def test_connect(console: Callable[..., ServedDevice], short_dir: Path) -> None:
         guest = Guest(driver)
         listener.bind(str(short_dir / "peer"))
         listener.listen()
-        listener.settimeout(5)
+        listener.settimeout(30)
         for _ in range(2):
             peer, _ = listener.accept()
             with peer:

@@ -55,7 +55,7 @@ def listen(path: str) -> Iterator[Callable[..., socket.socket]]:
 
         def start(port: int = PORT, backlog: int = 16) -> socket.socket:
             sock = stack.enter_context(socket.socket(socket.AF_UNIX))
-            sock.settimeout(5)
+            sock.settimeout(30)
             sock.bind(f"{path}_{port}")
             sock.listen(backlog)
             return sock
@@ -66,7 +66,7 @@ def listen(path: str) -> Iterator[Callable[..., socket.socket]]:
 def call(path: str, line: bytes = b"CONNECT 1234\n") -> socket.socket:
     """A program of the host that wants to reach the guest."""
     sock = socket.socket(socket.AF_UNIX)
-    sock.settimeout(5)
+    sock.settimeout(30)
     sock.connect(path)
     with contextlib.suppress(BrokenPipeError):  # who is turned away at once
         sock.sendall(line)
@@ -86,7 +86,7 @@ def from_guest(driver: VsockDriver, listener: socket.socket, guest_port: int = G
     driver.send(Op.REQUEST, guest_port, PORT)
     driver.expect(Op.RESPONSE)
     sock, _ = listener.accept()
-    sock.settimeout(5)
+    sock.settimeout(30)
     return sock
 
 

@@ -75,7 +75,7 @@ def driver(served: ServedDevice) -> Iterator[Messenger]:
 
 def message_socket() -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    sock.settimeout(5)
+    sock.settimeout(30)
     return sock
 
 
@@ -89,7 +89,7 @@ def host(driver: Messenger, paths: dict[str, str]) -> Iterator[socket.socket]:
         driver.expect(Op.RESPONSE)
         sock, _ = listener.accept()
     with sock:
-        sock.settimeout(5)
+        sock.settimeout(30)
         yield sock
 
 

@@ -287,7 +287,7 @@ class ServedDevice(Served):
         version_1: bool = True,
         device: int = DEVICE_FEATURES,
         memory_size: int = 16 << 20,
-        timeout: float = 5.0,
+        timeout: float = 20.0,
     ) -> Driver:
         """A driver that is connected and has started ``queues`` (all) queues of ``size`` entries. Close it."""
         return Driver.open(
