@@ -75,11 +75,7 @@ class DoorbellHost(HostBase):
         await self._open_device()
         try:
             self._export()
-            self._read_memory()
-            for made in self._make(device.doorbells):
-                self._add(made)
-            for index, interrupt in enumerate(device.interrupts, 1):
-                self._add_interrupt(_checked(InterruptItem, index, interrupt.name))
+            self._read_declarations()
         except BaseException:
             await self.close()
             raise
@@ -99,9 +95,20 @@ class DoorbellHost(HostBase):
                 self.log.warning('the wrapper error is for doorbell "%s", which there is not; expected %s', name,
                                  ", ".join(self.doorbells))
 
-    def _read_memory(self) -> None:
-        if self.device.memory_size:
-            self.memory = _checked(MemoryItem, 1, self.device.memory_size, self.device.memory_wanted)
+    def _read_declarations(self) -> None:
+        """PluginError or ConfigError where they cannot be."""
+        device = self.device
+        try:
+            if device.memory_size:
+                self.memory = _checked(MemoryItem, 1, device.memory_size, device.memory_wanted)
+            for made in self._make(device.doorbells):
+                self._add(made)
+            for index, interrupt in enumerate(device.interrupts, 1):
+                self._add_interrupt(_checked(InterruptItem, index, interrupt.name))
+        except (ConfigError, PluginError):
+            raise
+        except BaseException as error:
+            raise PluginError(f"{type(device).__name__}, asked what it is: {shown(error)}") from error
 
     def _add_interrupt(self, item: InterruptItem) -> None:
         if item.name in self.interrupts:

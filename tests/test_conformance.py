@@ -116,3 +116,13 @@ def test_a_device_that_cannot_be_opened_is_a_finding() -> None:
     for kind, method in ((Closed, "open"), (Open, "close")):
         (finding,) = find_faults(kind)
         assert (finding.rule, finding.text) == ("life", f"{method}() raised OSError: no such lamp")
+
+
+def test_a_device_that_exits_when_it_is_asked_for_its_configuration_is_a_finding() -> None:
+    """The check goes on, and so do other tests."""
+
+    class Exits(faulty_devices.Shout):
+        def config(self) -> bytes:
+            raise SystemExit(3)
+
+    assert [str(finding) for finding in find_faults(Exits)] == ["life: SystemExit: 3"]

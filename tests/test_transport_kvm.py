@@ -705,6 +705,30 @@ async def test_declarations_that_cannot_be() -> None:
             await open_alone(partial(lambda device: device, device))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("doorbells", SystemExit(3), "SystemExit: 3"),
+        ("interrupts", ZeroDivisionError("none"), "ZeroDivisionError: none"),
+        ("memory_wanted", KeyboardInterrupt(), "KeyboardInterrupt: "),
+        ("doorbells", None, "TypeError"),
+        ("interrupts", ["done"], "AttributeError"),
+        ("memory_size", "4K", "TypeError"),
+    ],
+)
+async def test_a_device_that_cannot_say_what_it_is_is_refused(name: str, value: object, expected: str) -> None:
+    """Also with what is for programs: the daemon that is told to reload goes on with the others."""
+
+    def say(device: Counter) -> object:
+        if isinstance(value, BaseException):
+            raise value
+        return value
+
+    kind = type("Odd", (Counter,), {name: property(say)})
+    with pytest.raises(PluginError, match=f"Odd, asked what it is: {expected}"):
+        await open_alone(kind)
+
+
 class Slow(AsyncCounter):
     """Handles "d0" only when it is told to."""
 

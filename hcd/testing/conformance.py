@@ -155,7 +155,7 @@ class _Check:
             raise
         except PluginError as error:
             self.add("declaration", str(error))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self.add("life", shown(error) if opened else f"open() raised {shown(error)}")
         if growth := settled_growth(before, Resources):
             self.add("leaks", f"after close() this process still holds {growth}")

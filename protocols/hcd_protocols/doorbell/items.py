@@ -153,7 +153,7 @@ class MemoryItem:
     def __post_init__(self) -> None:
         _check_common(self.id, "memory")
         if not 0 < self.size < 1 << 48 or self.size % 4096:
-            raise ValueError(f"shared memory of {self.size} bytes; expected whole pages")
+            raise ValueError(f"shared memory of {self.size} bytes; expected whole pages, below 2^48")
         if not 0 <= self.wanted <= (1 << 64) - self.size or self.wanted % 4096:
             raise ValueError(f"shared memory at {self.wanted:#x}; expected the start of a page")
 
