@@ -239,7 +239,7 @@ class HostBase:
         try:
             method(*args, **kwargs)
         except BaseException as error:
-            self.device_failed(f"{method.__name__}()", contained(error))
+            self.device_failed(f"{getattr(method, '__name__', 'a method')}()", contained(error))
 
     def trace_once(self, error: BaseException) -> None:
         """Log the traceback of ``error`` the first time that its type comes up on this host."""
