@@ -49,6 +49,11 @@ def unusable(cls: type[DeviceBase]) -> Iterator[str]:
     if cls.api_version != API_VERSION:
         yield f"is written for device API {cls.api_version!r}; this hcd has {API_VERSION}"
         return
+    if own := [name for name in ("handler", "transport", "is_async") if not _inherits(cls, name)]:
+        yield f"declares {' and '.join(own)}, which is for hcd to say"
+        return
+    if not isinstance(cls.description, str):
+        yield f"description is {cls.description!r}; expected a text"
     handler = getattr(cls, cls.handler)
     if handler in (Device.process, DoorbellDevice.ring) or not callable(handler):
         yield f"does not define {cls.handler}()"
@@ -67,7 +72,20 @@ def unusable(cls: type[DeviceBase]) -> Iterator[str]:
     yield from instruments.faults(_items(cls.metrics))
 
 
+def _inherits(cls: type[DeviceBase], name: str) -> bool:
+    """Whether ``name`` is as the base class has it, also where several classes come together."""
+    base = Device if issubclass(cls, Device) else DoorbellDevice
+    return inspect.getattr_static(cls, name) is inspect.getattr_static(base, name)
+
+
 def _device_faults(cls: type[Device]) -> Iterator[str]:
+    if not _is_number(cls.virtio_id) or not 0 <= cls.virtio_id < 1 << 16:
+        yield f"virtio_id is {cls.virtio_id!r}; expected the device's number in chapter 5 of the specification"
+    if not isinstance(cls.vhost_user_type, str):
+        yield f"vhost_user_type is {cls.vhost_user_type!r}; expected a text"
+    features = cls.vhost_user_features
+    if not isinstance(features, tuple | list) or not all(isinstance(feature, str) for feature in features):
+        yield f"vhost_user_features are {features!r}; expected a tuple of names"
     names = cls.operations
     if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
         yield f"operations are {names!r}; expected a tuple of names"
@@ -97,8 +115,8 @@ def _items(declared: object) -> tuple[object, ...]:
 def faults(cls: type[DeviceBase]) -> Iterator[str]:
     """What is wrong with the class."""
     yield from unusable(cls)
-    if issubclass(cls, Device) and not 0 < cls.virtio_id < 1 << 16:
-        yield f"virtio_id is {cls.virtio_id}; expected the device's number in chapter 5 of the specification"
+    if issubclass(cls, Device) and cls.virtio_id == 0:
+        yield "virtio_id is 0; expected the device's number in chapter 5 of the specification"
     for option in cls.options:
         if option.default is not None and option.kind in opt.KINDS:
             try:

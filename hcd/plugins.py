@@ -61,7 +61,9 @@ def load(name: str) -> type[DeviceBase]:
         raise _refused(entry, f"{entry.value} is not a subclass of hcd.device.Device or DoorbellDevice")
     try:
         faults = list(declaration.unusable(found))
-    except Exception as exc:  # it may say anything of itself
+    except KeyboardInterrupt:
+        raise
+    except BaseException as exc:  # it may say anything of itself
         raise _refused(entry, f"what {entry.value} declares cannot be read: {shown(exc)}") from exc
     if faults:
         raise _refused(entry, "; ".join(faults))

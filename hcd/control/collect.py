@@ -35,7 +35,7 @@ def collect_devices(hosts: Sequence[HostBase], doorbells: Registry) -> list[Devi
 def _device(host: HostBase, bells: Iterable[Doorbell]) -> DeviceState:
     session = host.session
     virtio = host if isinstance(host, DeviceHost) else None
-    virtio_id = 0 if virtio is None else int(virtio.device.virtio_id)
+    virtio_id = 0 if virtio is None else int(type(virtio.device).virtio_id)
     return DeviceState(
         name=host.spec.name,
         type=host.spec.type,
