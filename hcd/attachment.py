@@ -72,6 +72,7 @@ class Attachment:
         self._served: dict[Reference, _Served] = {}
         self._clock = (0, 0)
         self._map: mmap.mmap | None = None
+        self._view: memoryview | None = None  # the device's, which may have put something else in its place
 
     # -- descriptors: the session's
 
@@ -187,7 +188,7 @@ class Attachment:
             return
         assert memory is not None
         self._map = mmap.mmap(self._fds[outcome.reference], memory.size)
-        device.memory = memoryview(self._map)
+        device.memory = self._view = memoryview(self._map)
         device.memory_address = outcome.value
 
     # -- rings
@@ -262,11 +263,11 @@ class Attachment:
 
     def _release_memory(self) -> None:
         device = self._host.device
-        view, device.memory, device.memory_address = device.memory, None, 0
-        if view is None or self._map is None:
+        device.memory, device.memory_address = None, 0
+        if self._view is None or self._map is None:
             return
         try:
-            view.release()
+            self._view.release()
             self._map.close()
         except BufferError:
             self._host.keeps_memory()

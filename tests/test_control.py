@@ -443,6 +443,29 @@ def test_a_daemon_without_configuration_has_nothing_to_reload(short_dir: Path, c
 # -- resize
 
 
+@pytest.mark.parametrize("returned", ["None", "'large'", "-1"])
+def test_a_size_that_is_none_is_the_devices_error(
+    make_distribution: Callable[..., Path], start_hcd: Start, control: Path, monkeypatch: pytest.MonkeyPatch,
+    returned: str,
+) -> None:
+    source = f"""
+from hcd.device import Device
+class Odd(Device):
+    virtio_id = 63
+    def process(self, queue): pass
+    def storage_size(self): return 512
+    def resize(self, size): return {returned}
+"""
+    site = make_distribution("oddworks", "1.0", {"odd": "odd_device:Odd"}, {"odd_device": source})
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH", "")])))
+    daemon = start_hcd(table("odd", "odd"), daemon=f'[control]\npath = "{control}"')
+    done = hcd("resize", "odd", "1M", "--control", control)
+    said = f"odd: TypeError: resize() returned {returned}; expected the new size in bytes"
+    assert (done.returncode, done.stderr) == (1, f"hcd: {said}\n")
+    assert daemon.metrics().total("hcd_handler_errors_total", device="odd") == 1
+    daemon.kill()  # there is a traceback in its log
+
+
 def test_a_disk_grows_while_it_is_used(
     control: Path, short_dir: Path, disk: tuple[Frontend, BlockDriver], load: Callable[[], int]
 ) -> None:

@@ -589,6 +589,26 @@ async def test_the_device_sees_the_shared_memory(short_dir: Path) -> None:
         await s.until(lambda: s.device.memory is None)
 
 
+def mapped() -> bool:
+    """Whether shared memory of a doorbell device is mapped here."""
+    return "hcd-doorbell" in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize("other", [None, "nothing"])
+async def test_a_device_that_puts_something_else_in_the_place_of_its_memory(short_dir: Path, other: Any) -> None:
+    """The connection ends as others do, with its memory given back, and the next one is served."""
+    async with served(Counter(), short_dir) as s:
+        for _ in range(2):
+            vmm = await s.in_thread(lambda: Vmm(s.path))
+            await s.until(lambda: s.host.connected)
+            assert mapped()
+            s.device.memory = other
+            vmm.close()
+            await s.until_free()
+            assert s.device.memory is None
+            assert not mapped()
+
+
 async def test_the_device_of_the_document(short_dir: Path) -> None:
     """The example of docs/doorbells.md is a device as it stands there."""
     names: dict[str, Any] = {}

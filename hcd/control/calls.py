@@ -15,7 +15,7 @@ from hcd.control.collect import collect_devices
 from hcd.control.protocol import Call, CallError
 from hcd.control.snapshot import LastReload, Snapshot
 from hcd.control.trace import DEFAULT_RATE, MAX_RATE, Feed, trace
-from hcd.errors import DeviceError
+from hcd.errors import DeviceError, shown
 from hcd.host import DeviceHost, HostBase
 from hcd.lanes import ReactorLane
 from hcd.reload import Reloader
@@ -121,7 +121,7 @@ class Calls:
         if not await self._probe.answers():
             raise CallError("failed", "the thread that serves the rings does not answer: see hcd status")
         before = host.storage_size()
-        after = await self._on_device(host, lambda: host.device.resize(size))
+        after = await self._on_device(host, lambda: _bytes(host.device.resize(size)))
         session = host.session
         told = session is not None and session.can_notify and after != before
         if told:
@@ -138,7 +138,7 @@ class Calls:
             raise CallError("refused", f"{host.spec.name}: {error}") from None
         except Exception as error:
             host.device_failed("what hcd resize asked for", error)
-            raise CallError("failed", f"{host.spec.name}: {type(error).__name__}: {error}") from None
+            raise CallError("failed", f"{host.spec.name}: {shown(error)}") from None
 
     def _host(self, device: str) -> HostBase:
         names = [host.spec.name for host in self._supervisor.hosts]
@@ -155,3 +155,10 @@ class Calls:
         if not 1 <= rate <= MAX_RATE:
             raise CallError("request", f"rate: expected 1 to {MAX_RATE} requests a second")
         return trace(host, rate)
+
+
+def _bytes(size: object) -> int:
+    """What a device's resize() returned. TypeError unless it is a size."""
+    if not isinstance(size, int) or size < 0:
+        raise TypeError(f"resize() returned {size!r}; expected the new size in bytes")
+    return size
