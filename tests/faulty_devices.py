@@ -281,7 +281,7 @@ class LeakyClose(Shout):
 
     def open(self, lane: Lane) -> None:
         self.end = threading.Event()
-        threading.Thread(target=self.end.wait, args=(10,), name="leaky", daemon=True).start()
+        threading.Thread(target=self.end.wait, args=(120,), name="leaky", daemon=True).start()
 
 
 class OneLife(Shout):

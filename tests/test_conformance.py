@@ -10,7 +10,7 @@ import faulty_devices
 import pytest
 
 from hcd.device import Device
-from hcd.testing import ConformanceError, Exchange, check_device, find_faults
+from hcd.testing import ConformanceError, Exchange, Ring, check_device, find_faults
 
 pytestmark = pytest.mark.long
 
@@ -73,6 +73,15 @@ def test_an_exchange_on_a_queue_that_is_not_there_is_refused(queue: int) -> None
     """The test is wrong, not the device."""
     with pytest.raises(ValueError, match=f"on queue {queue}: the device has 1, "):
         check_device(faulty_devices.Shout, exchanges=[Exchange(b"hello", 64, queue=queue)])
+
+
+def test_an_exchange_that_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match="room for -1 bytes"):
+        Exchange(b"hello", -1)
+    with pytest.raises(ValueError, match="add is rung 0 times"):
+        Ring("add", "done", count=0)
+    with pytest.raises(ValueError, match="with room for 67108864 on queue 0: no 67108864 bytes of guest memory"):
+        check_device(faulty_devices.Shout, exchanges=[Exchange(b"hello", 64 << 20)])
 
 
 def test_a_rule_can_be_skipped() -> None:

@@ -22,6 +22,10 @@ class Exchange:
     answer: bytes | None = None
     queue: int = 0
 
+    def __post_init__(self) -> None:
+        if self.room < 0:
+            raise ValueError(f"room for {self.room} bytes")
+
     def __str__(self) -> str:
         return f"{len(self.data)} bytes with room for {self.room} on queue {self.queue}"
 

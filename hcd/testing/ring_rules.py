@@ -43,6 +43,10 @@ class Ring:
     memory: Mapping[int, bytes] = field(default_factory=dict)
     answer: Mapping[int, bytes] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"{self.doorbell} is rung {self.count} times")
+
     def __str__(self) -> str:
         return f"{self.count} rings of {self.doorbell}" if self.count > 1 else f"a ring of {self.doorbell}"
 

@@ -14,7 +14,7 @@ from hcd.frontend.errors import BackendError
 from hcd.frontend.ring import Used
 from hcd.testing.driver import Driver
 from hcd.testing.exchanges import SHAPES, Exchange, Shape, exchanges_for, probes
-from hcd.testing.scene import Broken, Scene, reconnect
+from hcd.testing.scene import Broken, MisfitError, Scene, reconnect
 from hcd.testing.serving import ServedDevice
 
 __all__ = ["IN_ORDER_LAYOUTS", "LAYOUTS", "ONCE", "RULES", "Layout", "Run"]
@@ -95,8 +95,11 @@ class Run(Scene):
 
     def send(self, exchange: Exchange, shape: Shape = SHAPES[0], fill: int = 0, *, publish: bool = True) -> Sent:
         driver = self.driver
-        readable = driver.place(exchange.data, shape.pieces)
-        writable = driver.make_room(exchange.room, shape.pieces, fill)
+        try:
+            readable = driver.place(exchange.data, shape.pieces)
+            writable = driver.make_room(exchange.room, shape.pieces, fill)
+        except MemoryError as error:
+            raise MisfitError(f"{exchange}: {error}") from None
         queue = driver.queues[exchange.queue]
         token = queue.ring.add(readable, writable, shape.indirect)
         if publish:

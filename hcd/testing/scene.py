@@ -26,7 +26,7 @@ class Broken(Exception):
 
 
 class MisfitError(ValueError):
-    """An exchange is about something that the device does not have: the test is to blame."""
+    """An exchange is about something that the device, or the driver, does not have: the test is to blame."""
 
 
 class Scene:
