@@ -227,7 +227,7 @@ class KeepsThread(Adder):
 
     def open(self, lane: Lane) -> None:
         super().open(lane)
-        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+        threading.Thread(target=threading.Event().wait, daemon=True).start()  # one that ends would hide another
 
 
 # -- what is not about rings

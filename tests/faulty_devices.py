@@ -280,8 +280,7 @@ class LeakyClose(Shout):
     BREAKS = "leaks"
 
     def open(self, lane: Lane) -> None:
-        self.end = threading.Event()
-        threading.Thread(target=self.end.wait, args=(120,), name="leaky", daemon=True).start()
+        threading.Thread(target=threading.Event().wait, daemon=True).start()  # one that ends would hide another
 
 
 class OneLife(Shout):
