@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import shutil
 import socket
 import subprocess
+import sys
+import termios
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -436,6 +439,24 @@ async def test_connections_without_end_leave_room_again(tmp_path: Path, caplog: 
         assert "turned away" in caplog.text
         await held[0].stream.aclose()
         await trio.testing.wait_all_tasks_blocked()
+        assert (await (await connect()).ask(GET))[0] == 200
+
+
+async def test_a_client_that_never_stops_sending_leaves_turns_to_others(tmp_path: Path) -> None:
+    """Nothing of what it sends has to be waited for."""
+    async with serving(tmp_path) as connect:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(tmp_path / "metrics.sock"))
+            await trio.testing.wait_all_tasks_blocked()  # it is accepted, and what it asks is waited for
+            sock.setblocking(False)
+            sent = turns = 0
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    sent += sock.send(b"\r\n" * 2048)
+            while int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder):
+                await trio.lowlevel.checkpoint()
+                turns += 1
+            assert turns > sent // server.MAX_HEAD // 2
         assert (await (await connect()).ask(GET))[0] == 200
 
 

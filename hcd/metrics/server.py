@@ -79,11 +79,14 @@ def parse_head(data: bytes) -> Head:
 
 async def serve(listeners: Sequence[socket.socket], render: Callable[[], Pieces]) -> None:
     """Answer on every listener until cancelled. ``render`` makes the text of one scrape."""
-    slots = trio.CapacityLimiter(MAX_CONNECTIONS)
     async with trio.open_nursery() as nursery:
+        server = _Server(render, nursery)
         for listener in listeners:
             listener.setblocking(False)
-            nursery.start_soon(_accept, listener, _Server(render, slots, nursery))
+            if listener.family != socket.AF_UNIX:  # what is accepted inherits it
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            nursery.start_soon(_accept, listener, server)
 
 
 async def _accept(listener: socket.socket, server: _Server) -> None:
@@ -101,33 +104,31 @@ async def _accept(listener: socket.socket, server: _Server) -> None:
         server.welcome(sock)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Server:
     """What the connections share."""
 
     render: Callable[[], Pieces]
-    slots: trio.CapacityLimiter
     nursery: trio.Nursery
+    connections: int = 0
 
     def welcome(self, sock: socket.socket) -> None:
-        connection = _Connection(sock, self.render)
-        try:
-            self.slots.acquire_on_behalf_of_nowait(connection)
-        except trio.WouldBlock:
+        if self.connections == MAX_CONNECTIONS:
             sock.close()
             _log.warning("scrapers", "a scraper was turned away: %d connections are open", MAX_CONNECTIONS)
         else:
-            self.nursery.start_soon(self._serve, connection)
+            self.connections += 1
+            self.nursery.start_soon(self._serve, sock)
 
-    async def _serve(self, connection: _Connection) -> None:
+    async def _serve(self, sock: socket.socket) -> None:
         try:
-            await connection.run()
+            await _Connection(sock, self.render).run()
         except _GoneError:
             pass
         except Exception as exc:  # one scrape must not end the server
             _log.error("failed scrapes", "a scrape failed: %s: %s", type(exc).__name__, exc)
         finally:
-            self.slots.release_on_behalf_of(connection)
+            self.connections -= 1
 
 
 class _GoneError(Exception):
@@ -143,14 +144,12 @@ class _Connection:
         self._buffer = bytearray()
         self._reading = False  # a request has begun, and is not there whole
         self._scope = trio.CancelScope()
+        self._until = 0.0  # how long it may take what is going on now, on trio's clock
 
     async def run(self) -> None:
         """Serve the scraper until it is done, or has run out of time."""
         with self._sock:
             self._sock.setblocking(False)
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-            if self._sock.family != socket.AF_UNIX:
-                self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._scope:
                 await self._serve()
             if self._scope.cancelled_caught and self._reading:
@@ -158,14 +157,13 @@ class _Connection:
                     self._sock.sendmsg(_response(HTTPStatus.REQUEST_TIMEOUT, keep_alive=False))
 
     async def _serve(self) -> None:
-        keep_alive = await self._answer_next(REQUEST_TIMEOUT)
-        while keep_alive:
-            await trio.lowlevel.checkpoint()  # nobody else would have a turn while its requests keep coming
-            keep_alive = await self._answer_next(IDLE_TIMEOUT)
+        self._allow(REQUEST_TIMEOUT)
+        while await self._answer_next():
+            self._allow(IDLE_TIMEOUT)
+            await self._let_others()
 
-    async def _answer_next(self, patience: float) -> bool:
-        """Answer the next request, which is to begin within ``patience`` seconds; whether the connection goes on."""
-        self._allow(patience)
+    async def _answer_next(self) -> bool:
+        """Answer the next request; whether the connection goes on."""
         try:
             head = await self._read_head()
         except BadRequest as refused:
@@ -180,7 +178,16 @@ class _Connection:
         return head.keep_alive
 
     def _allow(self, seconds: float) -> None:
-        self._scope.deadline = trio.current_time() + seconds
+        self._until = trio.current_time() + seconds
+
+    def _mind_time(self) -> None:
+        """To be called before each wait; most scrapes never wait."""
+        self._scope.deadline = self._until
+
+    async def _let_others(self) -> None:
+        """While data keep coming, nothing here would wait."""
+        self._mind_time()
+        await trio.lowlevel.checkpoint()
 
     async def _read_head(self) -> Head | None:
         """The next request; None when the scraper is done."""
@@ -189,6 +196,8 @@ class _Connection:
             if not data:
                 return None
             self._buffer += data.lstrip(b"\r\n")  # RFC 9112 2.2: empty lines may stand before a request
+            if not self._buffer:
+                await self._let_others()
         self._reading = True
         self._allow(REQUEST_TIMEOUT)
         while (end := self._buffer.find(b"\r\n\r\n")) < 0:
@@ -219,6 +228,7 @@ class _Connection:
             try:
                 return self._sock.recv(MAX_HEAD)
             except BlockingIOError:
+                self._mind_time()
                 await trio.lowlevel.wait_readable(self._sock)
             except OSError as error:
                 raise _GoneError from error
@@ -230,6 +240,7 @@ class _Connection:
             try:
                 sent = self._sock.sendmsg(left)
             except BlockingIOError:
+                self._mind_time()
                 await trio.lowlevel.wait_writable(self._sock)
                 continue
             except OSError as error:
