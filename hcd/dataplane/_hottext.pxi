@@ -28,7 +28,6 @@ ctypedef struct owner_t:
     const uint64_t *version   # NULL: it has none, look at every series
     const uint64_t *since     # not NULL, and not 0 there: a series shows a time that goes on
     uint64_t seen             # the version in the documents
-    uint64_t next             # the version that is about to get there
     int first                 # of its series, which lie together
     int count
 
@@ -232,12 +231,12 @@ cdef void write_series(buf_t *b, const family_t *f, series_t *s, uint64_t now) n
 cdef void patch_owner(owner_t *o, series_t *series, family_t *families, buf_t *scratch, uint64_t now) noexcept nogil:
     """Write what moved over its old text, or say whose document has to be built because that does not do."""
     cdef int i
+    cdef uint64_t version = 0
     cdef series_t *s
     cdef family_t *f
-    o.next = 0
     if o.version != NULL:
-        o.next = hcd_load64_acquire(o.version)
-        if o.next == o.seen and (o.since == NULL or o.since[0] == 0):
+        version = hcd_load64_acquire(o.version)
+        if version == o.seen and (o.since == NULL or o.since[0] == 0):
             return
     for i in range(o.first, o.first + o.count):
         s = &series[i]
@@ -252,7 +251,7 @@ cdef void patch_owner(owner_t *o, series_t *series, family_t *families, buf_t *s
                 continue
         s.valid = False
         f.stale = True
-    o.seen = o.next
+    o.seen = version
 
 
 cdef void build_family(buf_t *made, family_t *f, series_t *series, uint64_t now) noexcept nogil:
