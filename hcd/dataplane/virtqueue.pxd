@@ -137,6 +137,15 @@ cdef class Request:
     cdef list views(self, uint32_t start, uint32_t n, bint readonly)
     cpdef complete(self, int64_t written=*)
 
+cdef class Pace:
+    cdef uint64_t cost        # of the last early interrupt that was not put off
+    cdef uint64_t until       # when the next may be made
+    cdef bint put_off         # the next one was
+    cdef uint32_t since       # interrupts since ``cost`` was measured
+
+    cpdef bint holds(self, uint64_t now, uint64_t left)
+    cpdef made(self, uint64_t began, uint64_t now)
+
 cdef class Virtqueue:
     cdef vring_t ring
     cdef readonly int index
@@ -181,6 +190,9 @@ cdef class Virtqueue:
     cdef bint had_work        # the ring held requests when the turn began
     cdef uint64_t found       # requests taken by then
     cdef uint32_t publish_at
+    cdef readonly Pace pace
+    cdef uint64_t turn_began
+    cdef uint32_t turn_done   # completions in it
     cdef uint64_t woken
     cdef uint64_t batch_woken
     # its limit, shared with the other queues of the device: see _limit.pxi
@@ -215,7 +227,8 @@ cdef class Virtqueue:
     cdef void new_generation(self) noexcept
     cdef bint resolve(self)
     cdef void link(self, Request r) noexcept
-    cdef int retire(self, Request r, int64_t written) except -1
+    cdef int retire(self, Request r, int64_t written, uint64_t now) except -1
+    cdef bint put_off(self, uint64_t now) except -1
     cdef int interrupt(self) except -1
     cdef int ask_kicks(self, bint on) except -1
     cdef void unlink(self, Request r) noexcept

@@ -105,6 +105,12 @@ class Limit:
     @property
     def throttled(self) -> int: ...  # queues that it holds back now
 
+class Pace:
+    """How often one driver is interrupted in the middle of a batch: see _pace.pxi. Times in ns, of one clock."""
+
+    def holds(self, now: int, left: int) -> bool: ...  # put off? ``left``: how long what waits in the ring will take
+    def made(self, began: int, now: int) -> None: ...
+
 class Virtqueue:
     """The device's side of one ring. Its owner thread alone touches it, but for ``Request.complete``."""
 
@@ -128,6 +134,8 @@ class Virtqueue:
     def broken(self) -> str: ...  # why no request is taken any more; "" while the ring is sound
     @property
     def stats(self) -> QueueStats: ...
+    @property
+    def pace(self) -> Pace: ...
     device: Any
     tag: Any
     def __iter__(self) -> Self: ...  # pops until empty or the turn's budget is used up

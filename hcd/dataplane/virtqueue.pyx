@@ -86,7 +86,7 @@ cdef enum:
     BUDGET = 64               # requests of one turn: a busy queue leaves the reactor to the others after that many
     HEAVY = 16                # log2 of the bytes (64 KiB) that count as one more request
     PUBLISH_AT = 32           # completions that a driver waits for at most before it sees the first
-    PUBLISH_SOON = 8          # the same where it asks for one interrupt at a time (EVENT_IDX): it goes on while we do
+    PUBLISH_SOON = 6          # the same where it asks for one interrupt at a time (EVENT_IDX): it goes on while we do
 
     F_INDIRECT_DESC = 28
     F_EVENT_IDX = 29
@@ -98,6 +98,7 @@ include "_split.pxi"
 include "_packed.pxi"
 include "_inflight.pxi"
 include "_limit.pxi"
+include "_pace.pxi"
 include "_request.pxi"
 
 
@@ -141,6 +142,7 @@ cdef class Virtqueue:
         self.remote = []
         self.owner = PyThread_get_thread_ident()
         self.mem = MemoryTable()
+        self.pace = Pace()
         self.ring.batch_slot = -1
         self.publish_at = PUBLISH_AT
 
@@ -588,12 +590,12 @@ cdef class Virtqueue:
             self.limit.charge(self, 0, <double>written - <double>r.c.in_size)
         hist_add(&self.stats.latencies[r.op], now - r.popped)
         if not self.ring.in_order or r.generation != self.generation:
-            return self.retire(r, written)
+            return self.retire(r, written, now)
         r.state = WAITS
         r.result = written
         next_one = self.oldest_of_ring()
         while next_one is not None and next_one.state == WAITS:
-            self.retire(next_one, next_one.result)
+            self.retire(next_one, next_one.result, now)
             next_one = self.oldest_of_ring()
         return 0
 
@@ -604,7 +606,7 @@ cdef class Virtqueue:
             p = (<Request>p).newer
         return <Request>p if p != NULL else None
 
-    cdef int retire(self, Request r, int64_t written) except -1:
+    cdef int retire(self, Request r, int64_t written, uint64_t now) except -1:
         cdef bint current = self.started and r.generation == self.generation
         r.state = DONE
         r.mem = None
@@ -615,7 +617,7 @@ cdef class Virtqueue:
         if current and PyList_GET_SIZE(self.pool) < <Py_ssize_t>self.ring.size:
             self.pool.append(r)
         self.unlink(r)
-        if self.ring.unpublished >= self.publish_at and not self.corked:
+        if self.ring.unpublished >= self.publish_at and not self.corked and not self.put_off(now):
             self.flush_now()
         elif self.ring.unpublished and not self.in_turn and not self.dirty and self.scheduler is not None:
             self.dirty = True
@@ -635,6 +637,7 @@ cdef class Virtqueue:
                 packed_used(&self.ring, r.c.head, r.c.slots, written)
             self.ring.unsignalled += r.c.slots
         self.ring.unpublished += 1
+        self.turn_done += 1
         return 0
 
     cpdef take_remote(self):
@@ -645,6 +648,18 @@ cdef class Virtqueue:
             for r in batch:
                 if r.state == TRAVELS:
                     self.settle(r, r.result)
+
+    cdef bint put_off(self, uint64_t now) except -1:
+        """Whether what is completed in this turn stays unpublished for now; see _pace.pxi."""
+        cdef uint64_t waiting
+        if not self.in_turn or self.ring.packed or not self.ring.event_idx:
+            return False
+        if self.ring.device == NULL or self.turn_done == 0:
+            return False
+        waiting = <uint16_t>(self.ring.avail_seen - self.ring.last_avail)
+        if not self.pace.holds(now, waiting * (now - self.turn_began) / self.turn_done):
+            return False
+        return split_wants_interrupt(&self.ring)      # else nobody has to be woken to see it
 
     cpdef flush(self):
         self.flush_now()
@@ -668,6 +683,7 @@ cdef class Virtqueue:
 
     cdef int signal(self) except -1:
         cdef bint wanted
+        cdef uint64_t began, now
         hcd_fence()
         wanted = packed_wants_interrupt(&self.ring) if self.ring.packed else split_wants_interrupt(&self.ring)
         self.ring.unsignalled = 0
@@ -676,9 +692,12 @@ cdef class Virtqueue:
             self.stats.c.suppressed += 1
             hcd_bump(&self.stats.c.version)
             return 0
+        began = hcd_now()
         self.interrupt()
+        now = hcd_now()
+        self.pace.made(began, now)
         if self.batch_woken:
-            hist_add(&self.doorbell.c_response, hcd_now() - self.batch_woken)
+            hist_add(&self.doorbell.c_response, now - self.batch_woken)
             hcd_bump(&self.doorbell.version)
         return 0
 
@@ -741,12 +760,14 @@ cdef class Virtqueue:
         self.in_turn = batch
         self.publish_at = self.batch_size()
         self.budget = BUDGET
+        self.turn_began = hcd_now()
+        self.turn_done = 0
         self.woken = woken
         self.by_ring = by_ring
         self.had_work = self.ring.running and ring_has_work(&self.ring)
         self.found = self.stats.c.found_ring + self.stats.c.found_poll
         if by_ring:
-            hist_add(&self.doorbell.c_dispatch, hcd_now() - woken)
+            hist_add(&self.doorbell.c_dispatch, self.turn_began - woken)
             hcd_bump(&self.doorbell.version)
 
     cpdef bint stalled(self) except -1:
