@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from hcd.frontend.client import Frontend
 from hcd.frontend.errors import BackendError
 from hcd.frontend.memory import SharedMemory
 
-__all__ = ["BlkCase", "BlkResult", "run", "start"]
+__all__ = ["BlkCase", "BlkResult", "loading", "run", "start"]
 
 RW = {"read": READ, "write": WRITE_ALL, "mix": MIX}
 SECTOR = 512
@@ -77,6 +77,13 @@ def ring_size(case: BlkCase) -> int:
 def run(case: BlkCase, memory: SharedMemory | None = None) -> BlkResult:
     """Load the back end at ``case.socket``. BackendError and TimeoutError when it fails; ConfigError for a case
     that it cannot take. ``memory`` is the guest's; None: as much as needed, in one region."""
+    with loading(case, memory) as load:
+        return load()
+
+
+@contextmanager
+def loading(case: BlkCase, memory: SharedMemory | None = None) -> Iterator[Callable[[], BlkResult]]:
+    """Like :func:`run`, in one session for as many measurements as wanted: each call makes one."""
     if case.size % SECTOR or case.size <= 0:
         raise ConfigError(f"requests of {case.size} bytes: expected a multiple of {SECTOR}")
     size = ring_size(case)
@@ -87,7 +94,8 @@ def run(case: BlkCase, memory: SharedMemory | None = None) -> BlkResult:
         frontend.negotiate(packed=case.packed, event_idx=case.event_idx, device=int(BLOCK_FEATURES))
         start(frontend, case.queues, size)
         with naming_the_dead(frontend):
-            return _load(case, frontend)
+            load = _prepare(case, frontend)
+            yield lambda: _measure(case, load, Peer(frontend.link.sock))
 
 
 def start(frontend: Frontend, queues: int, size: int) -> None:
@@ -114,7 +122,8 @@ def naming_the_dead(frontend: Frontend) -> Iterator[None]:
         raise
 
 
-def _load(case: BlkCase, frontend: Frontend) -> BlkResult:
+def _prepare(case: BlkCase, frontend: Frontend) -> BlkLoad:
+    """The load, warmed up."""
     config = read_config(frontend)
     disk = config.capacity * SECTOR
     span = min(case.span or disk, disk) // case.size * case.size
@@ -123,12 +132,15 @@ def _load(case: BlkCase, frontend: Frontend) -> BlkResult:
         raise ConfigError(f"{where} bytes is too small for requests of {case.size}")
     if (case.rw != "read" or case.verify) and frontend.features & BlkFeature.RO:
         raise ConfigError("the disk is read-only")
-    peer = Peer(frontend.link.sock)
     queues = [frontend.queues[i] for i in range(case.queues)]
     load = BlkLoad(queues, case.depth, case.size, span, RW[case.rw], case.poll, case.verify)
     if case.verify:
         load.sweep(WRITE_ALL)
     load.run(min(WARM_UP, case.seconds))
+    return load
+
+
+def _measure(case: BlkCase, load: BlkLoad, peer: Peer) -> BlkResult:
     load.forget()
     before = peer.cpu_seconds()
     load.run(case.seconds)

@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from hcd.bench import blk
@@ -20,40 +21,72 @@ from hcd.frontend.memory import MemorySlot, SharedMemory
 __all__ = ["devices", "memory_of", "regions", "ring_sizes", "scraper"]
 
 PAGE = 4096
-#: runs with a scraper, by the rounds of other measurements
-SCRAPED = 3
+#: measurements with each kind of scraper, by the rounds of others, and how long each takes at least (seconds)
+SCRAPED = 4
+SLICE = 1.0
 
 
 # -- metrics
 
 
+@dataclass(slots=True)
+class _Scraped:
+    """What one kind of scraper did to the load, slice by slice: beside the slice without, requests/s lost and p99."""
+
+    lost: list[float] = field(default_factory=list)
+    tail: list[float] = field(default_factory=list)
+    found: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def cost(self) -> tuple[float, float]:
+        """Of requests/s, and the standard error of that."""
+        return statistics.mean(self.lost), statistics.stdev(self.lost) / len(self.lost) ** 0.5
+
+
 def scraper(context: Context) -> Sequence[Measured]:
-    """Load with and without somebody who reads /metrics ten times a second, in turn."""
-    quiet: list[blk.BlkResult] = []
-    scraped: list[blk.BlkResult] = []
-    found: list[dict[str, Any]] = []
+    """Load with and without somebody who reads /metrics ten times a second, in one session, in turn.
+
+    What is looked for is less than what a shared machine changes in a minute, and than what one session differs from
+    the next.
+    """
+    kinds = {"kept": _Scraped(), "new": _Scraped(), "none": _Scraped()}
     port = _free_port()
     with context.daemon(disks, metrics_port=port) as hcd:
         _touch_all(hcd)
+        case = blk.BlkCase(f"{hcd.directory}/d0.sock", seconds=max(SLICE, context.seconds))
         others = [i for i in range(DEVICES) if i]
-        with connected(hcd.directory, others):
-            case = blk.BlkCase(f"{hcd.directory}/d0.sock", seconds=max(1.0, context.seconds))
-            quiet.append(blk.run(case))
-            for _ in range(SCRAPED * context.rounds):
-                with _scraping(port, found):
-                    scraped.append(blk.run(case))
-                quiet.append(blk.run(case))
-    # Each beside its two neighbours: what is looked for is less than what a shared machine changes in a minute.
-    triples = list(zip(quiet, scraped, quiet[1:], strict=False))
-    cost = 1 - statistics.median(2 * b.per_second / (a.per_second + c.per_second) for a, b, c in triples)
-    tail = statistics.median(2 * b.p99 / (a.p99 + c.p99) for a, b, c in triples)
-    own, size = median_of([one["cpu"] for one in found]), found[-1]["bytes"]
-    times = [took for one in found for took in one["times"]]
+        with connected(hcd.directory, others), _scraper(port) as process, blk.loading(case) as load:
+            for i in range(SCRAPED * context.rounds):
+                for kind, scraped in kinds.items():
+                    _slice(load, process, kind, scraped, quiet_first=bool(i % 2))
+    return _judge(kinds["kept"], kinds["new"], kinds["none"])
+
+
+def _slice(
+    load: Callable[[], blk.BlkResult], process: subprocess.Popen[bytes], kind: str, scraped: _Scraped, quiet_first: bool
+) -> None:
+    quiet = load() if quiet_first else None
+    with _scraping(process, kind, scraped.found):
+        busy = load()
+    quiet = quiet or load()
+    scraped.lost.append(1 - busy.per_second / quiet.per_second)
+    scraped.tail.append(busy.p99 / quiet.p99)
+
+
+def _judge(kept: _Scraped, new: _Scraped, none: _Scraped) -> list[Measured]:
+    (cost, error), (cost_new, error_new), (cost_none, error_none) = kept.cost, new.cost, none.cost
+    tail = statistics.median(kept.tail + new.tail)
+    times = [took for one in kept.found + new.found for took in one["times"]]
+    own, size = median_of([one["cpu"] for one in kept.found]), kept.found[-1]["bytes"]
+    lost = f"{cost:.1%} +-{error:.1%} (the scraper's own processor time: {own / PERIOD:.1%})"
+    beside = f"{cost_new:.1%} +-{error_new:.1%}; {cost_none:.1%} +-{error_none:.1%} with a socket alone, hcd not asked"
     name = f"a scrape of {DEVICES} devices x {QUEUES} queues under load"
     value = f"median {median_of(times) * 1e3:.1f} ms, longest {max(times) * 1e3:.1f} ms, {size >> 10} KiB"
-    lost = f"{cost:.1%} (the scraper's own processor time: {own / PERIOD:.1%})"
     return [
         judged("ten scrapes a second: requests/s lost", lost, "<= 3 %", cost <= 0.03, cost=cost, own=own / PERIOD),
+        Measured(
+            "the same, over a new connection each", beside, numbers={"cost": cost_new, "cost_of_a_socket": cost_none}
+        ),
         judged("ten scrapes a second: p99, times", f"{tail:.2f}", "<= 1.5", tail <= 1.5, ratio=tail),
         judged(name, value, "< 50 ms", max(times) < 0.05, longest=max(times), bytes=size),
     ]
@@ -71,18 +104,30 @@ def _touch_all(hcd: Daemon) -> None:
 
 
 @contextlib.contextmanager
-def _scraping(port: int, found: list[dict[str, Any]]) -> Iterator[None]:
-    """A process of its own on this process' processor; what it found goes to ``found``."""
+def _scraper(port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A process of its own on this process' processor: see :mod:`hcd.bench.scraper`."""
     process = subprocess.Popen(
         [sys.executable, "-m", "hcd.bench.scraper", str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     try:
         assert process.stdout is not None
         process.stdout.readline()  # the first scrape is done
-        yield
+        yield process
     finally:
-        output, _ = process.communicate(timeout=30)
-    found.append(json.loads(output))
+        process.communicate(timeout=30)
+
+
+@contextlib.contextmanager
+def _scraping(process: subprocess.Popen[bytes], kind: str, found: list[dict[str, Any]]) -> Iterator[None]:
+    """It scrapes; what it found goes to ``found``."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(f"{kind}\n".encode("ascii"))
+    process.stdin.flush()
+    yield
+    process.stdin.write(b"end\n")
+    process.stdin.flush()
+    found.append(json.loads(process.stdout.readline()))
 
 
 # -- what else there is
