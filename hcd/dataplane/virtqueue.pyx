@@ -654,12 +654,10 @@ cdef class Virtqueue:
         cdef uint64_t waiting
         if not self.in_turn or self.ring.packed or not self.ring.event_idx:
             return False
-        if self.ring.device == NULL or self.turn_done == 0:
+        if self.ring.device == NULL or self.turn_done == 0 or not split_wants_interrupt(&self.ring):
             return False
         waiting = <uint16_t>(self.ring.avail_seen - self.ring.last_avail)
-        if not self.pace.holds(now, waiting * (now - self.turn_began) / self.turn_done):
-            return False
-        return split_wants_interrupt(&self.ring)      # else nobody has to be woken to see it
+        return self.pace.holds(now, waiting * (now - self.turn_began) / self.turn_done)
 
     cpdef flush(self):
         self.flush_now()
