@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from hcd.dataplane.memory import MemoryTable
 from hcd.dataplane.virtqueue import Pace
 from tests.rings import Pair, make_pair
 
@@ -71,6 +72,16 @@ def batch(pair: Pair, count: int = 32) -> None:
     pair.queue.begin_turn(1, False)
 
 
+def interrupt(pair: Pair) -> None:
+    """Once: the first interrupt of a ring is made without asking whether it is wanted."""
+    batch(pair, 1)
+    slowly_complete(pair, 1)
+    pair.queue.end_turn()
+    assert pair.calls() == 1
+    pair.ring.used()
+    pair.ring.enable_interrupts()
+
+
 def slowly_complete(pair: Pair, count: int) -> None:
     """So that what is left takes longer than any interrupt."""
     time.sleep(0.001)
@@ -97,11 +108,7 @@ def test_a_driver_that_sleeps_is_interrupted_once_at_the_end_of_the_batch() -> N
 def test_a_driver_that_looks_by_itself_sees_completions_at_once() -> None:
     pair = make_pair(size=64)
     pair.ring.enable_interrupts()
-    batch(pair, 1)
-    slowly_complete(pair, 1)
-    pair.queue.end_turn()
-    assert pair.calls() == 1
-    pair.ring.used()
+    interrupt(pair)
     dear(pair)
     pair.ring.disable_interrupts()
     batch(pair)
@@ -123,16 +130,23 @@ def test_a_driver_whose_interrupts_are_cheap_is_interrupted_early(packed: bool) 
     pair.close()
 
 
-def test_a_queue_that_is_stopped_in_the_middle_of_a_turn_is_left_alone() -> None:
-    """Its ring is not mapped any more."""
+def test_memory_that_goes_away_while_completions_are_put_off_is_not_read() -> None:
+    """They are published when it is back."""
     pair = make_pair(size=64)
     pair.ring.enable_interrupts()
+    interrupt(pair)
     dear(pair)
     batch(pair)
     taken = pair.queue.pop_many(16)
-    pair.queue.stop()
-    for request in taken:
+    time.sleep(0.001)
+    for request in taken[:8]:
         request.complete()
-    pair.queue.end_turn()
     assert pair.calls() == 0
+    pair.queue.set_memory(MemoryTable())
+    for request in taken[8:]:
+        request.complete()
+    pair.queue.set_memory(pair.table)
+    pair.queue.end_turn()
+    assert pair.calls() == 1
+    assert len(pair.ring.used()) == 8, "what was completed without memory has no ring to go to"
     pair.close()
