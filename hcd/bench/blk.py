@@ -83,7 +83,8 @@ def run(case: BlkCase, memory: SharedMemory | None = None) -> BlkResult:
 
 @contextmanager
 def loading(case: BlkCase, memory: SharedMemory | None = None) -> Iterator[Callable[[], BlkResult]]:
-    """Like :func:`run`, in one session for as many measurements as wanted: each call makes one."""
+    """Like :func:`run`, in one session for as many measurements as wanted: each call makes one. Errors and mismatches
+    are those of the session so far."""
     if case.size % SECTOR or case.size <= 0:
         raise ConfigError(f"requests of {case.size} bytes: expected a multiple of {SECTOR}")
     size = ring_size(case)
@@ -94,8 +95,8 @@ def loading(case: BlkCase, memory: SharedMemory | None = None) -> Iterator[Calla
         frontend.negotiate(packed=case.packed, event_idx=case.event_idx, device=int(BLOCK_FEATURES))
         start(frontend, case.queues, size)
         with naming_the_dead(frontend):
-            load = _prepare(case, frontend)
-            yield lambda: _measure(case, load, Peer(frontend.link.sock))
+            load, peer = _prepare(case, frontend), Peer(frontend.link.sock)
+            yield lambda: _measure(case, load, peer)
 
 
 def start(frontend: Frontend, queues: int, size: int) -> None:

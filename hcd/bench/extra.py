@@ -106,6 +106,7 @@ def _all() -> tuple[Measurement, ...]:
         Measurement("capabilities", extra_idle.capabilities),
         Measurement("reload", extra_reload.reload),
         Measurement("scraper", extra_scale.scraper),
+        Measurement("scraper-file", extra_scale.scraper_of_file),
         Measurement("devices", extra_scale.devices),
         Measurement("ring-size", extra_scale.ring_sizes),
         Measurement("regions", extra_scale.regions),

@@ -21,13 +21,15 @@ __all__ = ["capabilities", "connected", "disks", "idle", "start"]
 DEVICES, QUEUES = 64, 4
 SWITCHES, RSS_ANON, START, CAPABILITIES = 5.0, 60 << 20, 0.6, 0.15
 SETTLE = 3.0
+#: where the data of these disks are
+IN_MEMORY = 'ram = "16M"'
 
 
 def disks(directory: Path, count: int = DEVICES, queues: int = QUEUES) -> str:
     """The configuration of so many disks in memory, d0, d1 ..."""
     return "".join(
         f'[[device]]\nname = "d{i}"\ntype = "blk"\nsocket = "{directory}/d{i}.sock"\n'
-        f'options = {{ ram = "16M", num-queues = {queues} }}\n'
+        f"options = {{ {IN_MEMORY}, num-queues = {queues} }}\n"
         for i in range(count)
     )
 
