@@ -8,67 +8,85 @@ import pytest
 
 from hcd.dataplane.memory import MemoryTable
 from hcd.dataplane.virtqueue import Pace
+from hcd.frontend.ring_split import SplitRing
 from tests.rings import Pair, make_pair
 
 NEVER_DRY = 10**9
 
 
-def test_a_cheap_interrupt_is_followed_by_the_next_soon() -> None:
-    """Six times what the last one took, at the least."""
+def paced(*costs: int, now: int = 0) -> Pace:
+    """One that was told of interrupts that took so long (ns), the last of which ended at ``now``."""
     pace = Pace()
-    assert not pace.holds(1000, NEVER_DRY)
-    pace.made(1000, 1500)
-    assert pace.holds(1500 + 6 * 500 - 1, NEVER_DRY)
-    assert not pace.holds(1500 + 6 * 500, NEVER_DRY)
+    for cost in costs:
+        pace.made(now - cost, now)
+    return pace
+
+
+def test_a_cheap_interrupt_is_followed_by_the_next_soon() -> None:
+    """Eight times what one takes, at the least."""
+    pace = paced(500, 500, 500, 500, now=9000)
+    assert pace.holds(9000 + 8 * 500 - 1, NEVER_DRY)
+    assert not pace.holds(9000 + 8 * 500, NEVER_DRY)
 
 
 def test_none_is_put_off_when_the_device_is_about_to_run_dry() -> None:
-    pace = Pace()
-    pace.made(0, 5000)
-    assert not pace.holds(5001, 3 * 5000)
-    assert pace.holds(5001, 3 * 5000 + 1)
+    pace = paced(5000, 5000, 5000, 5000, now=9000)
+    assert not pace.holds(9001, 2 * 5000)
+    assert pace.holds(9001, 2 * 5000 + 1)
+
+
+def test_the_first_four_are_made_early_and_the_cheapest_counts() -> None:
+    """The first of them found a driver that had slept for long."""
+    pace = paced(now=9000)
+    for cost in (5000, 700, 900, 800):
+        assert not pace.holds(9000, NEVER_DRY)
+        pace.made(9000 - cost, 9000)
+    assert pace.holds(9000 + 8 * 700 - 1, NEVER_DRY)
+    assert not pace.holds(9000 + 8 * 700, NEVER_DRY)
 
 
 def test_what_a_late_interrupt_costs_says_nothing_about_an_early_one() -> None:
-    pace = Pace()
-    pace.made(0, 1000)
-    assert pace.holds(1001, NEVER_DRY)
-    pace.made(2000, 7000)
-    assert not pace.holds(7000 + 6 * 1000, NEVER_DRY)
+    pace = paced(1000, 1000, 1000, 1000, 7000, 500, now=9000)
+    assert pace.holds(9000 + 8 * 1000 - 1, NEVER_DRY)
+    assert not pace.holds(9000 + 8 * 1000, NEVER_DRY)
 
 
-def test_an_early_one_is_tried_again_now_and_then() -> None:
+def test_early_ones_are_tried_again_now_and_then() -> None:
     """Else one that was dear once would never be cheap again."""
-    pace = Pace()
-    pace.made(0, 5000)
-    put_off, now = 0, 5000
-    while pace.holds(now + 1, NEVER_DRY):
+    pace = paced(*[5000] * 4, now=9000)
+    put_off = 0
+    while pace.holds(9001, NEVER_DRY):
         put_off += 1
-        now += 100_000
-        pace.made(now, now + 5000)
-        now += 5000
-    assert put_off == 15
-    pace.made(now + 1, now + 501)
-    assert not pace.holds(now + 501 + 6 * 500, NEVER_DRY)
+        pace.made(4000, 9000)
+    assert put_off == 60
+    for _ in range(4):
+        assert not pace.holds(9001, NEVER_DRY)
+        pace.made(8500, 9000)
+    assert pace.holds(9000 + 8 * 500 - 1, NEVER_DRY)
+    assert not pace.holds(9000 + 8 * 500, NEVER_DRY)
 
 
 def test_a_thread_that_lost_its_processor_does_not_put_off_for_long() -> None:
-    pace = Pace()
-    pace.made(0, 10**9)
-    assert pace.holds(10**9 + 47_999, NEVER_DRY)
-    assert not pace.holds(10**9 + 48_000, NEVER_DRY)
+    pace = paced(*[10**9] * 4, now=10**10)
+    assert pace.holds(10**10 + 63_999, NEVER_DRY)
+    assert not pace.holds(10**10 + 64_000, NEVER_DRY)
 
 
 def dear(pair: Pair) -> None:
-    """The driver of ``pair`` was interrupted last in ten seconds' time, which took long."""
+    """The driver of ``pair`` was interrupted last in ten seconds' time, and each time that took long."""
     later = time.monotonic_ns() + 10**10
-    pair.queue.pace.made(later, later + 10**6)
+    for _ in range(4):
+        pair.queue.pace.made(later, later + 10**6)
 
 
-def batch(pair: Pair, count: int = 32) -> None:
+def bring(pair: Pair, count: int) -> None:
     for i in range(count):
         pair.ring.add([pair.put(bytes([i]))], [])
     pair.ring.publish()
+
+
+def batch(pair: Pair, count: int = 32) -> None:
+    bring(pair, count)
     pair.queue.begin_turn(1, False)
 
 
@@ -102,6 +120,37 @@ def test_a_driver_that_sleeps_is_interrupted_once_at_the_end_of_the_batch() -> N
     pair.queue.end_turn()
     assert pair.calls() == 1
     assert len(pair.ring.used()) == 32
+    pair.close()
+
+
+def test_what_the_driver_brought_meanwhile_is_left_to_do_as_well() -> None:
+    pair = make_pair(size=64)
+    pair.ring.enable_interrupts()
+    dear(pair)
+    batch(pair, 8)
+    slowly_complete(pair, 1)
+    bring(pair, 8)
+    slowly_complete(pair, 7)
+    assert pair.calls() == 0
+    slowly_complete(pair, 8)
+    assert pair.calls() == 1
+    assert len(pair.ring.used()) == 16
+    pair.close()
+
+
+@pytest.mark.parametrize("moved", [65, 0x10000 - 9])
+def test_an_avail_index_that_jumps_while_completions_are_put_off_breaks_the_ring(moved: int) -> None:
+    """Whoever asks how much waits does not take it for true, and leaves it to be found where it is looked for."""
+    pair = make_pair(size=64)
+    assert isinstance(pair.ring, SplitRing)
+    pair.ring.enable_interrupts()
+    dear(pair)
+    batch(pair, 8)
+    pair.ring.avail_idx = 8 + moved
+    slowly_complete(pair, 8)
+    assert pair.calls() == 1
+    assert pair.queue.pop() is None
+    assert f"moved by {moved}" in pair.queue.broken
     pair.close()
 
 

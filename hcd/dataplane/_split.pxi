@@ -17,6 +17,14 @@ cdef inline bint split_has_work(vring_t *r) noexcept nogil:
     return ring16(r, hcd_load16(r.driver + 2)) != r.last_avail
 
 
+cdef inline uint16_t split_waiting(vring_t *r) noexcept nogil:
+    """How many chains wait in the ring."""
+    cdef uint16_t seen = ring16(r, hcd_load16_acquire(r.driver + 2))
+    if <uint16_t>(seen - r.last_avail) <= r.size:
+        r.avail_seen = seen
+    return <uint16_t>(r.avail_seen - r.last_avail)
+
+
 cdef int split_pop(vring_t *r, MemoryTable mem, chain_t *c) noexcept nogil:
     """1: a chain is in ``c``; 0: the ring is empty; -1: the driver broke the rules."""
     cdef uint16_t behind

@@ -138,10 +138,9 @@ cdef class Request:
     cpdef complete(self, int64_t written=*)
 
 cdef class Pace:
-    cdef uint64_t cost        # of the last early interrupt that was not put off
+    cdef uint64_t cost        # of an early interrupt
     cdef uint64_t until       # when the next may be made
-    cdef bint put_off         # the next one was
-    cdef uint32_t since       # interrupts since ``cost`` was measured
+    cdef uint32_t made_since  # interrupts since ``cost`` began to be measured
 
     cpdef bint holds(self, uint64_t now, uint64_t left)
     cpdef made(self, uint64_t began, uint64_t now)

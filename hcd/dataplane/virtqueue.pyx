@@ -651,13 +651,15 @@ cdef class Virtqueue:
 
     cdef bint put_off(self, uint64_t now) except -1:
         """Whether what is completed in this turn stays unpublished for now; see _pace.pxi."""
-        cdef uint64_t waiting
-        if not self.in_turn or self.ring.packed or not self.ring.event_idx:
+        cdef uint64_t took = now - self.turn_began
+        cdef uint16_t seen = self.ring.avail_seen - self.ring.last_avail
+        if not self.in_turn or self.ring.packed or not self.ring.event_idx or now >= self.pace.until:
             return False
         if self.ring.device == NULL or self.turn_done == 0 or not split_wants_interrupt(&self.ring):
             return False
-        waiting = <uint16_t>(self.ring.avail_seen - self.ring.last_avail)
-        return self.pace.holds(now, waiting * (now - self.turn_began) / self.turn_done)
+        # What was seen to wait is often enough, and saves a look at what the driver is writing.
+        return (self.pace.holds(now, seen * took / self.turn_done)
+                or self.pace.holds(now, split_waiting(&self.ring) * took / self.turn_done))
 
     cpdef flush(self):
         self.flush_now()
