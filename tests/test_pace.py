@@ -31,8 +31,8 @@ def test_a_cheap_interrupt_is_followed_by_the_next_soon() -> None:
 
 def test_none_is_put_off_when_the_device_is_about_to_run_dry() -> None:
     pace = paced(5000, 5000, 5000, 5000, now=9000)
-    assert not pace.holds(9001, 2 * 5000)
-    assert pace.holds(9001, 2 * 5000 + 1)
+    assert not pace.holds(9001, 3 * 5000)
+    assert pace.holds(9001, 3 * 5000 + 1)
 
 
 def test_the_first_four_are_made_early_and_the_cheapest_counts() -> None:

@@ -15,7 +15,7 @@
 
 cdef enum:
     SPACING = 8
-    LEAD = 2
+    LEAD = 3
     PROBE = 64
     TRIES = 4
     MOST_COST = 8000          # ns
