@@ -8,9 +8,10 @@ kept alive, because Prometheus scrapes over one for hours.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 
@@ -39,7 +40,13 @@ SEND_BUFFER = 208 << 10
 #: a text in pieces; a piece may be a view that nobody changes while it is held
 Pieces = Sequence[bytes | memoryview]
 
+#: what to await with a socket
+Wait = Callable[[socket.socket], Awaitable[None]]
+
 _METHODS = ("GET", "HEAD")
+_END = b"\r\n\r\n"
+#: may stand before a request (RFC 9112 2.2)
+_EMPTY = b"\r\n"
 _log = RateLimited(logging.getLogger("hcd.metrics"))
 
 
@@ -60,6 +67,7 @@ class Head:
     keep_alive: bool
 
 
+@functools.lru_cache(maxsize=16)  # a scraper says the same each time
 def parse_head(data: bytes) -> Head:
     """The request line and header fields, without the empty line at their end. BadRequest unless HTTP/1."""
     line, *fields = data.split(b"\r\n")
@@ -113,22 +121,41 @@ class _Server:
     connections: int = 0
 
     def welcome(self, sock: socket.socket) -> None:
+        """Serve one scraper. Most have asked already and take the answer at once: those need no task."""
         if self.connections == MAX_CONNECTIONS:
             sock.close()
             _log.warning("scrapers", "a scraper was turned away: %d connections are open", MAX_CONNECTIONS)
-        else:
+            return
+        connection = _Connection(sock, self.render)
+        if wait := _advance(connection):
             self.connections += 1
-            self.nursery.start_soon(self._serve, sock)
+            self.nursery.start_soon(self._serve, connection, wait)
+        else:
+            connection.close()
 
-    async def _serve(self, sock: socket.socket) -> None:
+    async def _serve(self, connection: _Connection, wait: Wait | None) -> None:
         try:
-            await _Connection(sock, self.render).run()
-        except _GoneError:
-            pass
-        except Exception as exc:  # one scrape must not end the server
-            _log.error("failed scrapes", "a scrape failed: %s: %s", type(exc).__name__, exc)
+            with trio.CancelScope() as scope:
+                while wait:
+                    scope.deadline = connection.until
+                    await wait(connection.sock)
+                    wait = _advance(connection)
+            if scope.cancelled_caught:
+                connection.give_up()
         finally:
+            connection.close()
             self.connections -= 1
+
+
+def _advance(connection: _Connection) -> Wait | None:
+    """:meth:`_Connection.advance`; None also when that failed: one scrape must not end the server."""
+    try:
+        return connection.advance()
+    except _GoneError:
+        pass
+    except Exception as exc:
+        _log.error("failed scrapes", "a scrape failed: %s: %s", type(exc).__name__, exc)
+    return None
 
 
 class _GoneError(Exception):
@@ -136,83 +163,85 @@ class _GoneError(Exception):
 
 
 class _Connection:
-    """One scraper. The socket is used as it is: through a stream of trio the same takes twice the time."""
+    """One scraper. Nothing here waits; whoever owns it does, until ``until`` on trio's clock at the longest.
+
+    The socket is used as it is: through a stream of trio the same takes twice the time.
+    """
 
     def __init__(self, sock: socket.socket, render: Callable[[], Pieces]) -> None:
-        self._sock = sock
+        sock.setblocking(False)
+        self.sock = sock
         self._render = render
-        self._buffer = bytearray()
-        self._reading = False  # a request has begun, and is not there whole
-        self._scope = trio.CancelScope()
-        self._until = 0.0  # how long it may take what is going on now, on trio's clock
-
-    async def run(self) -> None:
-        """Serve the scraper until it is done, or has run out of time."""
-        with self._sock:
-            self._sock.setblocking(False)
-            with self._scope:
-                await self._serve()
-            if self._scope.cancelled_caught and self._reading:
-                with contextlib.suppress(OSError):
-                    self._sock.sendmsg(_response(HTTPStatus.REQUEST_TIMEOUT, keep_alive=False))
-
-    async def _serve(self) -> None:
+        self._unread = bytearray()  # what came and is not answered
+        self._untaken: list[bytes | memoryview] = []  # what is left of an answer
+        self._last = False  # the connection ends with this answer
         self._allow(REQUEST_TIMEOUT)
-        while await self._answer_next():
-            self._allow(IDLE_TIMEOUT)
-            await self._let_others()
 
-    async def _answer_next(self) -> bool:
-        """Answer the next request; whether the connection goes on."""
-        try:
-            head = await self._read_head()
-        except BadRequest as refused:
-            self._reading = False
-            self._allow(REQUEST_TIMEOUT)
-            await self._send(_response(refused.status, keep_alive=False))
-            return False
-        if head is None:
-            return False
-        self._allow(REQUEST_TIMEOUT)
-        await self._send(self._response_to(head))
-        return head.keep_alive
+    def advance(self) -> Wait | None:
+        """Go on to the end of one answer, or until that takes waiting: for what, or None when the scraper is done.
+        _GoneError when it is gone."""
+        if not self._untaken and not self._answer_next():
+            return trio.lowlevel.wait_readable
+        if not self._send():
+            return trio.lowlevel.wait_writable
+        if self._last:
+            return None
+        self._allow(REQUEST_TIMEOUT if self._unread else IDLE_TIMEOUT)
+        # A request that has come with the one before waits until others had their turn.
+        return trio.lowlevel.wait_writable if self._unread else trio.lowlevel.wait_readable
+
+    def give_up(self) -> None:
+        """The time is over."""
+        if self._unread and not self._untaken:
+            with contextlib.suppress(OSError):
+                self.sock.sendmsg(_response(HTTPStatus.REQUEST_TIMEOUT, keep_alive=False))
+
+    def close(self) -> None:
+        self.sock.close()
 
     def _allow(self, seconds: float) -> None:
-        self._until = trio.current_time() + seconds
+        self.until = trio.current_time() + seconds
 
-    def _mind_time(self) -> None:
-        """To be called before each wait; most scrapes never wait."""
-        self._scope.deadline = self._until
-
-    async def _let_others(self) -> None:
-        """While data keep coming, nothing here would wait."""
-        self._mind_time()
-        await trio.lowlevel.checkpoint()
-
-    async def _read_head(self) -> Head | None:
-        """The next request; None when the scraper is done."""
-        while not self._buffer:
-            data = await self._receive()
-            if not data:
-                return None
-            self._buffer += data.lstrip(b"\r\n")  # RFC 9112 2.2: empty lines may stand before a request
-            if not self._buffer:
-                await self._let_others()
-        self._reading = True
+    def _answer_next(self) -> bool:
+        """Make the answer to the next request; whether there is one."""
+        try:
+            data = self._next_head()
+            if data is None:
+                return False
+            head = parse_head(data)
+            self._untaken, self._last = list(self._response_to(head)), not head.keep_alive
+        except BadRequest as refused:
+            self._untaken, self._last = list(_response(refused.status, keep_alive=False)), True
         self._allow(REQUEST_TIMEOUT)
-        while (end := self._buffer.find(b"\r\n\r\n")) < 0:
-            if len(self._buffer) > MAX_HEAD:
-                raise BadRequest(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
-            data = await self._receive()
-            if not data:
-                return None
-            self._buffer += data
-        self._reading = False
-        head = bytes(self._buffer[:end])
-        del self._buffer[: end + 4]
-        if len(head) > MAX_HEAD:
+        return True
+
+    def _next_head(self) -> bytes | None:
+        """The next request without the empty line at its end, if it is there whole."""
+        end = self._unread.find(_END)
+        if end < 0 and self._receive():
+            end = self._unread.find(_END)
+        if (len(self._unread) if end < 0 else end) > MAX_HEAD:
             raise BadRequest(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
-        return parse_head(head)
+        if end < 0:
+            return None
+        head = bytes(self._unread[:end])
+        self._unread = self._unread[end + len(_END) :].lstrip(_EMPTY)
+        return head
+
+    def _receive(self) -> bool:
+        """Whether something came."""
+        try:
+            data = self.sock.recv(MAX_HEAD)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise _GoneError from error
+        if not data:
+            raise _GoneError
+        if not self._unread and (data := data.lstrip(_EMPTY)):
+            self._allow(REQUEST_TIMEOUT)
+        self._unread += data
+        return True
 
     def _response_to(self, head: Head) -> Pieces:
         if head.path != "/metrics":
@@ -222,48 +251,41 @@ class _Connection:
             return _response(HTTPStatus.METHOD_NOT_ALLOWED, keep_alive=head.keep_alive)
         return _response(HTTPStatus.OK, self._render(), keep_alive=head.keep_alive, head_only=head.method == "HEAD")
 
-    async def _receive(self) -> bytes:
-        """What has come; empty at the end."""
-        while True:
-            try:
-                return self._sock.recv(MAX_HEAD)
-            except BlockingIOError:
-                self._mind_time()
-                await trio.lowlevel.wait_readable(self._sock)
-            except OSError as error:
-                raise _GoneError from error
-
-    async def _send(self, pieces: Pieces) -> None:
-        """All of them, from where they lie: joining megabytes costs about what sending them does."""
-        left = list(pieces)
+    def _send(self) -> bool:
+        """Whether all of the answer is taken. It goes out from where it lies: joining megabytes costs about what
+        sending them does."""
+        left = self._untaken
         while left:
             try:
-                sent = self._sock.sendmsg(left)
+                sent = self.sock.sendmsg(left)
             except BlockingIOError:
-                self._mind_time()
-                await trio.lowlevel.wait_writable(self._sock)
-                continue
+                return False
             except OSError as error:
                 raise _GoneError from error
             while left and sent >= len(left[0]):
                 sent -= len(left.pop(0))
             if sent:
                 left[0] = memoryview(left[0])[sent:]
+        return True
 
 
 def _response(status: HTTPStatus, body: Pieces = (), *, keep_alive: bool, head_only: bool = False) -> Pieces:
     """The head and the body; without one the text of ``status``."""
     body = body or [f"{status.phrase}\n".encode("ascii")]
+    head = b"%bContent-Length: %d\r\n\r\n" % (_first_fields(status, keep_alive), sum(map(len, body)))
+    return [head] if head_only else [head, *body]
+
+
+@functools.cache
+def _first_fields(status: HTTPStatus, keep_alive: bool) -> bytes:
     lines = [
         f"HTTP/1.1 {status.value} {status.phrase}",
         f"Content-Type: {CONTENT_TYPE if status is HTTPStatus.OK else 'text/plain; charset=utf-8'}",
-        f"Content-Length: {sum(map(len, body))}",
         f"Connection: {'keep-alive' if keep_alive else 'close'}",
     ]
     if status is HTTPStatus.METHOD_NOT_ALLOWED:
         lines.append(f"Allow: {', '.join(_METHODS)}")
-    head = "\r\n".join([*lines, "", ""]).encode("ascii")
-    return [head] if head_only else [head, *body]
+    return "\r\n".join([*lines, ""]).encode("ascii")
 
 
 def _field(field: bytes) -> tuple[str, str]:
