@@ -460,6 +460,28 @@ async def test_a_client_that_never_stops_sending_leaves_turns_to_others(tmp_path
         assert (await (await connect()).ask(GET))[0] == 200
 
 
+async def test_requests_over_tcp_are_acknowledged_before_they_are_answered() -> None:
+    """A delayed acknowledgement leaves a timer on the scraper's processor, which costs what runs there."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(server.serve, [listener], lambda: [b"text\n"])
+            stream = await trio.open_tcp_stream(*listener.getsockname())
+            async with stream:
+                scraper = Scraper(stream)
+                await scraper.ask(GET)
+                before = segments_in(stream.socket)
+                for _ in range(50):
+                    assert (await scraper.ask(GET))[2] == b"text\n"
+                assert segments_in(stream.socket) - before == 100
+            nursery.cancel_scope.cancel()
+
+
+def segments_in(sock: trio.socket.SocketType) -> int:
+    """How many the connection has had."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+    return int.from_bytes(info[140:144], sys.byteorder)  # tcpi_segs_in of struct tcp_info, linux/tcp.h
+
+
 async def test_a_scrape_that_fails_is_logged_and_the_next_one_works(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
