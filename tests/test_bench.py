@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,8 @@ def test_a_back_end_that_dies_is_told_from_one_that_is_silent(start_hcd: StartHc
         frontend.wait_hangup(20)
         with pytest.raises(BackendError, match="hung up under load"), blk.naming_the_dead(frontend):
             raise TimeoutError("no answer")
+        with pytest.raises(BackendError, match="a port hung up"), blk.naming_the_dead(frontend, "a port"):
+            pass  # nobody waited for it
 
 
 @pytest.mark.parametrize("words", [["--rw", "write"], ["--rw", "mix"], ["--verify"]])
@@ -240,6 +243,22 @@ def test_without_a_peer_frames_are_sent_and_not_waited_for(start_hcd: StartHcd, 
     assert out.startswith("frames/s sent")
     found = net.run(net.NetCase(f"{short_dir}/a.sock", seconds=SHORT))
     assert (found.sent > 0, found.received, found.dropped) == (True, 0, 0)
+
+
+@pytest.mark.parametrize("dies", ["a", "b"])
+def test_the_port_that_dies_under_load_is_named(start_hcd: StartHcd, short_dir: Path, dies: str) -> None:
+    """Of two back ends; nothing waits for the one that only receives."""
+    (short_dir / "b").mkdir()
+    other = HcdProcess.from_config(short_dir / "b", table("b", "net"))
+    try:
+        ports = {"a": start_hcd(table("a", "net")), "b": other}
+        killer = threading.Timer(0.5, ports[dies].kill)
+        killer.start()
+        with pytest.raises(BackendError, match=f"/{dies}.sock hung up under load"):
+            net.run(net.NetCase(f"{short_dir}/a.sock", f"{short_dir}/b/b.sock", seconds=1.5))
+        killer.join()
+    finally:
+        other.kill()
 
 
 def test_two_directions_need_two_ports(short_dir: Path, bench: Bench) -> None:

@@ -113,14 +113,18 @@ def start(frontend: Frontend, queues: int, size: int) -> None:
 
 
 @contextmanager
-def naming_the_dead(frontend: Frontend) -> Iterator[None]:
-    """A back end that is gone answers nothing either: say which of the two it is."""
+def naming_the_dead(frontend: Frontend, name: str = "the back end") -> Iterator[None]:
+    """BackendError when it is gone at the end. Such a one answers nothing either, so it is told from a silent one; and
+    where another sends what it should receive, nobody waits for it."""
+    gone = BackendError(f"{name} hung up under load")
     try:
         yield
     except TimeoutError as error:
         if frontend.link.hung_up():
-            raise BackendError("the back end hung up under load") from error
+            raise gone from error
         raise
+    if frontend.link.hung_up():
+        raise gone
 
 
 def _prepare(case: BlkCase, frontend: Frontend) -> BlkLoad:

@@ -18,6 +18,7 @@ from hcd.bench.backends import make_image
 from hcd.bench.extra import Context, Daemon, Measured, judged, median_of
 from hcd.bench.extra_idle import DEVICES, IN_MEMORY, QUEUES, connected, disks
 from hcd.bench.scraper import PERIOD
+from hcd.frontend.errors import BackendError
 from hcd.frontend.memory import MemorySlot, SharedMemory
 
 __all__ = ["devices", "memory_of", "regions", "ring_sizes", "scraper", "scraper_of_file"]
@@ -136,15 +137,21 @@ def _scraper(port: int) -> Iterator[subprocess.Popen[bytes]]:
 
 @contextlib.contextmanager
 def _scraping(process: subprocess.Popen[bytes], kind: str, found: list[dict[str, Any]]) -> Iterator[None]:
-    """It scrapes; what it found goes to ``found``."""
-    assert process.stdin is not None
+    """It scrapes; what it found goes to ``found``. BackendError when it could not."""
     assert process.stdout is not None
-    process.stdin.write(f"{kind}\n".encode("ascii"))
-    process.stdin.flush()
+    _tell(process, kind)
     yield
-    process.stdin.write(b"end\n")
-    process.stdin.flush()
-    found.append(json.loads(process.stdout.readline()))
+    _tell(process, "end")
+    if not (line := process.stdout.readline()):
+        raise BackendError("the scraper ended early; what it said is above")
+    found.append(json.loads(line))
+
+
+def _tell(process: subprocess.Popen[bytes], word: str) -> None:
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # it ended, and has nothing to say then
+        process.stdin.write(f"{word}\n".encode("ascii"))
+        process.stdin.flush()
 
 
 # -- what else there is

@@ -70,7 +70,8 @@ def run(case: NetCase) -> NetResult:
         far = near
         if case.peer not in ("", case.socket):
             far = stack.enter_context(_connect(case, case.peer))
-        stack.enter_context(naming_the_dead(near))
+            stack.enter_context(naming_the_dead(far, f"the back end at {case.peer}"))
+        stack.enter_context(naming_the_dead(near, f"the back end at {case.socket}"))
         return _load(case, near, far)
 
 
