@@ -451,6 +451,18 @@ def test_more_than_the_ring_holds(images: Images) -> None:
     assert store.inflight == 0
 
 
+def test_the_disk_has_the_first_transfers_before_the_turn_ends(images: Images) -> None:
+    """Every four of them; the last ones, however few, with submit()."""
+    disk = images.direct(images.file())
+    store = ring_of(disk)
+    disk.submits = False
+    disk.issue(*(BlockRequest(OUT, 8 * i, pattern(4096, i)) for i in range(10)))
+    assert (store.batches, store.ring_jobs, store.inflight) == (2, 8, 10)
+    store.submit()
+    assert (store.batches, store.ring_jobs) == (3, 10)
+    assert [r.status for r in disk.finish()] == [OK] * 10
+
+
 def test_the_end_of_a_file_that_was_cut_short_is_an_error_of_the_file(images: Images) -> None:
     path = images.file()
     disk = images.direct(path)

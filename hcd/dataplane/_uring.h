@@ -27,6 +27,7 @@
 #include <unistd.h>
 
 #define HCD_URING_ENTRIES 128       /* at once with the disk */
+#define HCD_URING_EARLY 4           /* that wait for a call of the kernel, see blockfile.pyx */
 #define HCD_URING_PIECES 32         /* of a scatter list; a longer one goes to a thread */
 
 typedef struct {

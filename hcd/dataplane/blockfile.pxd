@@ -56,6 +56,7 @@ cdef class BlockFile(BlockStore):
     cdef int fd
     cdef hcd_pool *pool
     cdef hcd_list batch                  # jobs that wait for submit()
+    cdef int waiting                     # so many
     cdef hcd_job *spare                  # job structures to use again
     cdef readonly bint nowait            # reads from the page cache are tried first
     cdef readonly int inflight           # jobs between their making and reap()
@@ -65,6 +66,7 @@ cdef class BlockFile(BlockStore):
 
     cdef hcd_job *job(self, Request r, int kind) except NULL
     cdef int put(self, hcd_job *job) except -1
+    cdef int submit_now(self) except -1
     cdef int transfer(self, Request r, uint64_t offset, uint64_t nbytes, uint64_t moved, int kind) except -1
     cdef hcd_job *range_job(self, Request r, object ranges, int kind) except? NULL
     cdef hcd_job *drop(self, hcd_job *job) noexcept

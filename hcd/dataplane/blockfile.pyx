@@ -8,7 +8,9 @@ Theory of operation.
   short at the edge of what is cached; the worker goes on from there. Files that don't know RWF_NOWAIT (tmpfs) or would wait in spite of it
   (O_DIRECT) are found out when they are opened.
 * Writes, flushes and the rest always wait for somebody. They are collected while the handler runs and handed to the
-  worker (_blockio.h; past the page cache an io_uring) in one batch by ``submit``; results come back through one eventfd and are completed by ``reap``.
+  worker (_blockio.h) in one batch by ``submit``; results come back through one eventfd and are completed by ``reap``.
+  Past the page cache they go to an io_uring, the first few before the handler has looked at the others: the disk would
+  stand still meanwhile.
 * A request with the worker must not lose its scatter list or its guest memory, whatever happens to its queue: the job
   holds a reference to the request and one to the memory table. Memory that was revoked makes the worker's system call
   fail with EFAULT, which is no fault of the disk.
@@ -57,7 +59,7 @@ cdef extern from "<sys/mman.h>" nogil:
 
 cdef extern from "_blockio.h" nogil:
     int HCD_READ, HCD_WRITE, HCD_FLUSH, HCD_DISCARD, HCD_ZERO, HCD_SAME, HCD_COMPARE, HCD_DIFFERENT
-    int HCD_PATTERN, HCD_ALIGNMENT, HCD_PIECES, HCD_POOL_MOST
+    int HCD_PATTERN, HCD_ALIGNMENT, HCD_PIECES, HCD_POOL_MOST, HCD_URING_EARLY
     void hcd_list_clear(hcd_list *list)
     void hcd_list_add(hcd_list *list, hcd_job *job)
     hcd_job *hcd_list_take(hcd_list *list)
@@ -427,8 +429,11 @@ cdef class BlockFile(BlockStore):
     cdef int put(self, hcd_job *job) except -1:
         (<Request>job.request).held = True     # an exception in the handler no longer fails it
         hcd_list_add(&self.batch, job)
+        self.waiting += 1
         self.inflight += 1
         self.jobs += 1
+        if self.waiting >= HCD_URING_EARLY and self.pool.ring != NULL:
+            self.submit_now()
         return 0
 
     cdef int transfer(self, Request r, uint64_t offset, uint64_t nbytes, uint64_t moved, int kind) except -1:
@@ -465,14 +470,18 @@ cdef class BlockFile(BlockStore):
         return job
 
     def submit(self):
-        if self.batch.first == NULL:
-            return
+        if self.waiting:
+            self.submit_now()
+
+    cdef int submit_now(self) except -1:
         self.batches += 1
+        self.waiting = 0
         if self.pool.ring != NULL:
             with nogil:           # the kernel takes a while to start transfers that go past the page cache
                 hcd_pool_submit(self.pool, &self.batch)
         else:
             hcd_pool_submit(self.pool, &self.batch)
+        return 0
 
     def fileno(self):
         return self.pool.done_fd if self.pool != NULL else -1
@@ -509,7 +518,7 @@ cdef class BlockFile(BlockStore):
         cdef bint ended
         if pool == NULL:
             return True
-        hcd_pool_submit(pool, &self.batch)
+        self.submit()
         with nogil:
             ended = hcd_pool_stop(pool, ms)
         self.finish_jobs()
