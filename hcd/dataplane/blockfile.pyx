@@ -476,11 +476,7 @@ cdef class BlockFile(BlockStore):
     cdef int submit_now(self) except -1:
         self.batches += 1
         self.waiting = 0
-        if self.pool.ring != NULL:
-            with nogil:           # the kernel takes a while to start transfers that go past the page cache
-                hcd_pool_submit(self.pool, &self.batch)
-        else:
-            hcd_pool_submit(self.pool, &self.batch)
+        hcd_pool_submit(self.pool, &self.batch)      # with the GIL: others may keep it for longer than this takes
         return 0
 
     def fileno(self):
