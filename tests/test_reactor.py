@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -106,24 +107,36 @@ def test_watches(running: Running) -> None:
 
 
 def test_a_watch_that_is_cancelled_after_its_descriptor_was_closed_calls_nobody(running: Running) -> None:
-    """A mistake, which costs its author time. Somebody else has the file still, so epoll goes on reporting it."""
+    """A mistake that others notice nothing of. Somebody else has the file still, and epoll would report it for ever."""
     mine = os.eventfd(0, os.EFD_NONBLOCK)
     theirs = os.dup(mine)
     called: list[str] = []
+    seen = threading.Event()
 
     def mistake() -> None:
         watch = running.reactor.watch(mine, lambda: called.append("the one that is cancelled"))
         os.close(mine)
         watch.cancel()
 
+    def another() -> None:
+        called.append("another")
+        seen.set()
+
+    before = os.eventfd(0, os.EFD_NONBLOCK)
+    running.do(lambda: running.reactor.watch(before, another))
     running.do(mistake)
     others = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(20)]  # watches of these may lie where the old one was
-    running.do(lambda: [running.reactor.watch(fd, lambda: called.append("another")) for fd in others])
+    running.do(lambda: [running.reactor.watch(fd, another) for fd in others])
     os.eventfd_write(theirs, 1)
     for _ in range(3):
         running.do(lambda: None)
     assert called == []
-    for fd in (theirs, *others):
+    beats = running.reactor.beats
+    time.sleep(0.1)
+    assert running.reactor.beats <= beats + 2    # it sleeps
+    os.eventfd_write(before, 1)
+    assert seen.wait(LIMIT)
+    for fd in (before, theirs, *others):
         os.close(fd)
 
 

@@ -48,6 +48,7 @@ cdef class Reactor:
     cdef int turn_failed(self, Virtqueue q, error) except -1
     cdef int ring(self, Bell bell, uint64_t woken) except -1
     cdef Watch add(self, int fd, callback, Virtqueue q)
+    cdef bint watch_anew(self) except -1
     cdef int rouse(self, Virtqueue q) except -1
     cdef int run_posted(self) except -1
     cdef int run_timers(self) except -1

@@ -72,12 +72,18 @@ cdef class Watch:
         if not self.live:
             return
         self.live = False
-        if epoll_ctl(self.reactor.ep, EPOLL_CTL_DEL, self.fd, NULL) != 0:
-            # Closed before this, which is a mistake. Where somebody else has the file, epoll goes on reporting it.
+        if epoll_ctl(self.reactor.ep, EPOLL_CTL_DEL, self.fd, NULL) != 0 and not self.reactor.watch_anew():
             self.callback = None
             return
         self.reactor.watches.discard(self)
         self.reactor.gone.append(self)       # epoll may have reported it already, to the dispatch that is under way
+
+
+cdef inline int wait_on(int ep, Watch w):
+    cdef epoll_event event
+    event.events = EPOLLIN
+    event.data.ptr = <void *>w
+    return epoll_ctl(ep, EPOLL_CTL_ADD, w.fd, &event)
 
 
 cdef class Timer:
@@ -160,19 +166,30 @@ cdef class Reactor:
 
     cdef Watch add(self, int fd, callback, Virtqueue q):
         cdef Watch w = Watch.__new__(Watch)
-        cdef epoll_event event
         w.reactor = self
         w.fd = fd
         w.queue = q
         w.callback = callback
         w.live = True
-        event.events = EPOLLIN
-        event.data.ptr = <void *>w
-        if epoll_ctl(self.ep, EPOLL_CTL_ADD, fd, &event) != 0:
+        if wait_on(self.ep, w) != 0:
             w.live = False
             raise OSError(errno, f"cannot wait on fd {fd}: {os.strerror(errno)}")
         self.watches.add(w)
         return w
+
+    cdef bint watch_anew(self) except -1:
+        """Wait with another epoll, for what is still watched; whether there is one to be had. An fd was closed before
+        its watch was cancelled, which is a mistake: where somebody else has the file, the old one reports it for ever."""
+        cdef int ep = epoll_create1(EPOLL_CLOEXEC)
+        cdef Watch w
+        if ep < 0:
+            return False
+        for w in self.watches:
+            if w.live:
+                wait_on(ep, w)        # it may be closed as well
+        os.close(self.ep)
+        self.ep = ep
+        return True
 
     def call_later(self, double seconds, callback):
         """Call ``callback`` once, ``seconds`` from now. Devices that are being opened call this on another thread."""
