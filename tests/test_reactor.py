@@ -6,7 +6,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from rings import Pair, make_pair
@@ -48,6 +48,13 @@ def running(request: pytest.FixtureRequest) -> Iterator[Running]:
 
 def serve(running: Running, pair: Pair, handler: object) -> int:
     """Give ``pair`` to the reactor; returns its kick eventfd."""
+    kick, adopt = adoption(running, pair, handler)
+    running.do(adopt)
+    return kick
+
+
+def adoption(running: Running, pair: Pair, handler: object) -> tuple[int, Callable[[], None]]:
+    """What gives ``pair`` to the reactor on its thread, and the pair's kick eventfd."""
     kick = os.eventfd(0, os.EFD_NONBLOCK)
     queue = pair.queue
     queue.handler = handler  # type: ignore[assignment]
@@ -59,8 +66,7 @@ def serve(running: Running, pair: Pair, handler: object) -> int:
         running.watches.append(running.reactor.watch_kick(queue))
         running.reactor.schedule(queue)
 
-    running.do(adopt)
-    return kick
+    return kick, adopt
 
 
 def test_posts_and_timers(running: Running) -> None:
@@ -140,6 +146,30 @@ def test_a_watch_that_is_cancelled_after_its_descriptor_was_closed_calls_nobody(
         os.close(fd)
 
 
+def test_a_watch_whose_descriptor_was_closed_takes_nothing_from_the_next_one_of_that_number(running: Running) -> None:
+    """The same mistake. The number belongs to somebody else by the time that the watch is cancelled, or it never is."""
+    mine = os.eventfd(0, os.EFD_NONBLOCK)
+    theirs = os.dup(mine)
+    called: list[str] = []
+    seen = threading.Event()
+    stale: list[Watch] = []
+    running.do(lambda: stale.append(running.reactor.watch(mine, lambda: called.append("the one that was closed"))))
+    os.close(mine)
+    others = os.eventfd(0, os.EFD_NONBLOCK)
+    assert others == mine
+    running.do(lambda: running.reactor.watch(others, seen.set))
+    os.eventfd_write(theirs, 1)
+    running.do(lambda: None)
+    running.do(stale[0].cancel)
+    beats = running.reactor.beats
+    time.sleep(0.1)
+    assert (called, running.reactor.beats <= beats + 2) == ([], True)
+    os.eventfd_write(others, 1)
+    assert seen.wait(LIMIT)
+    os.close(theirs)
+    os.close(others)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_rings_are_served(running: Running, packed: bool) -> None:
     """A kick gives the queue a turn; what the handler completes, the driver sees, with an interrupt."""
@@ -184,9 +214,9 @@ def test_a_queue_that_never_runs_dry_does_not_keep_others_from_being_polled(runn
         nonlocal turns
         turns += 1
         if len(served) == 2 or (served and turns > served[0] + 100):
-            done.set()
-            return
-        ask(busy, busy_buffer, len(busy.ring.used()))
+            done.set()  # and runs dry
+        else:
+            ask(busy, busy_buffer, len(busy.ring.used()))
         if served and turns == served[0] + 5:
             ask(other, other_buffer, 1)
             kicks_wanted.append(other.ring.kick_needed())
@@ -201,11 +231,12 @@ def test_a_queue_that_never_runs_dry_does_not_keep_others_from_being_polled(runn
     ask(busy, busy_buffer, 200)
     ask(other, other_buffer, 1)
     other.ring.kick_needed()  # the next answer is about the next request alone
-    kicks = [serve(running, busy, take_and_ask_again), serve(running, other, take)]
+    given = [adoption(running, busy, take_and_ask_again), adoption(running, other, take)]
+    running.do(lambda: [adopt() for _, adopt in given])  # at once: a busy reactor takes its time for more
     assert done.wait(LIMIT)
     assert len(served) == 2
     assert kicks_wanted == [False]
-    for pair, kick in zip((busy, other), kicks, strict=True):
+    for pair, (kick, _) in zip((busy, other), given, strict=True):
         watch = running.watches.pop(0)
         running.do(lambda pair=pair, watch=watch: (running.reactor.forget(pair.queue), pair.close(), watch.cancel()))
         os.close(kick)

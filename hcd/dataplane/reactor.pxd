@@ -31,8 +31,9 @@ cdef class Reactor:
     cdef list awake
     cdef vring_t **rings      # of the queues in awake
     cdef int room
-    cdef set watches
-    cdef list gone
+    cdef dict watches         # by fd
+    cdef list gone            # watches that epoll may have reported already
+    cdef list lost            # and that it reports for ever
     cdef uint64_t poll_ns
     cdef uint64_t window      # how long polling goes on now, adaptive
     cdef uint64_t idle_since
@@ -48,7 +49,7 @@ cdef class Reactor:
     cdef int turn_failed(self, Virtqueue q, error) except -1
     cdef int ring(self, Bell bell, uint64_t woken) except -1
     cdef Watch add(self, int fd, callback, Virtqueue q)
-    cdef bint watch_anew(self) except -1
+    cdef int watch_anew(self, Watch closed) except -1
     cdef int rouse(self, Virtqueue q) except -1
     cdef int run_posted(self) except -1
     cdef int run_timers(self) except -1

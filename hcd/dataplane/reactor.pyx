@@ -72,11 +72,11 @@ cdef class Watch:
         if not self.live:
             return
         self.live = False
-        if epoll_ctl(self.reactor.ep, EPOLL_CTL_DEL, self.fd, NULL) != 0 and not self.reactor.watch_anew():
-            self.callback = None
-            return
-        self.reactor.watches.discard(self)
-        self.reactor.gone.append(self)       # epoll may have reported it already, to the dispatch that is under way
+        del self.reactor.watches[self.fd]
+        if epoll_ctl(self.reactor.ep, EPOLL_CTL_DEL, self.fd, NULL) != 0:
+            self.reactor.watch_anew(self)
+        else:
+            self.reactor.gone.append(self)   # epoll may have reported it already, to the dispatch that is under way
 
 
 cdef inline int wait_on(int ep, Watch w):
@@ -111,8 +111,9 @@ cdef class Reactor:
         self.ready = []
         self.dirty = []
         self.awake = []
-        self.watches = set()
+        self.watches = {}
         self.gone = []
+        self.lost = []
         self.poll_ns = <uint64_t>(poll_us * 1000)
         self.slow_ns = <uint64_t>(slow_ms * 1e6)
         self.watch(self.wake_fd, None)
@@ -174,22 +175,27 @@ cdef class Reactor:
         if wait_on(self.ep, w) != 0:
             w.live = False
             raise OSError(errno, f"cannot wait on fd {fd}: {os.strerror(errno)}")
-        self.watches.add(w)
+        closed, self.watches[fd] = self.watches.get(fd), w
+        if closed is not None:            # another file has its number now
+            (<Watch>closed).live = False
+            self.watch_anew(closed)
         return w
 
-    cdef bint watch_anew(self) except -1:
-        """Wait with another epoll, for what is still watched; whether there is one to be had. An fd was closed before
-        its watch was cancelled, which is a mistake: where somebody else has the file, the old one reports it for ever."""
+    cdef int watch_anew(self, Watch closed) except -1:
+        """The fd of ``closed`` was closed before its watch was cancelled. A mistake, of which nobody else shall notice:
+        where another process has the file, epoll reports it for ever, and nobody can tell it not to. Another one takes
+        its place."""
         cdef int ep = epoll_create1(EPOLL_CLOEXEC)
         cdef Watch w
         if ep < 0:
-            return False
-        for w in self.watches:
-            if w.live:
-                wait_on(ep, w)        # it may be closed as well
-        os.close(self.ep)
-        self.ep = ep
-        return True
+            self.lost.append(closed)      # it must stay where epoll thinks that it is
+            return 0
+        for w in self.watches.values():
+            wait_on(ep, w)                # may be closed as well
+        os.dup2(ep, self.ep, False)
+        os.close(ep)
+        self.gone.append(closed)
+        return self.wake()                # this may be another thread: one waits with the old one
 
     def call_later(self, double seconds, callback):
         """Call ``callback`` once, ``seconds`` from now. Devices that are being opened call this on another thread."""
