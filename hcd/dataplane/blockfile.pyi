@@ -59,7 +59,7 @@ class BlockStore:
 
     # -- the worker's side; nothing of it in memory
 
-    def submit(self) -> None: ...  # at the end of process(): hand what has to wait to the worker
+    def submit(self) -> None: ...  # at the end of process(): hand the worker what has to wait and is not with it yet
     def fileno(self) -> int: ...  # readable when reap() has something to complete; -1: never
     def reap(self) -> None: ...  # complete what the worker has finished
     def close(self, timeout: float = 5.0) -> bool: ...  # any thread, requests at rest; False: I/O hangs, see BlockFile

@@ -9,7 +9,7 @@ Theory of operation.
   (O_DIRECT) are found out when they are opened.
 * Writes, flushes and the rest always wait for somebody. They are collected while the handler runs and handed to the
   worker (_blockio.h) in one batch by ``submit``; results come back through one eventfd and are completed by ``reap``.
-  Past the page cache they go to an io_uring, the first few before the handler has looked at the others: the disk would
+  Past the page cache they go to an io_uring, every few before the handler has looked at the others: the disk would
   stand still meanwhile.
 * A request with the worker must not lose its scatter list or its guest memory, whatever happens to its queue: the job
   holds a reference to the request and one to the memory table. Memory that was revoked makes the worker's system call
